@@ -1,0 +1,1048 @@
+"""Qwen2.5-VL by hand: from a conversation with pictures to the next token.
+
+What flows through this file:
+    conversation -> Processor -> token ids, image patches -> VisionTower -> image tokens inside the text -> Decoder -> logits -> sampled tokens
+
+Legend of shapes
+    B rows of a batch   T tokens of a row   C hidden size   H query heads   KV key/value heads   D head dimension   V vocabulary
+    P image patches of all pictures of a batch   S cached tokens   N prompts   n samples of a prompt (B = N * n)   M response tokens
+    a picture's grid is (t, h, w) patches; the merger makes one image token of 2 x 2 patches
+
+Sources: Qwen2.5-VL technical report (arXiv 2502.13923), M-RoPE (Qwen2-VL, arXiv 2409.12191), grouped-query attention (2305.13245),
+RMSNorm (1910.07467), SwiGLU (2002.05202), LoRA (2106.09685). Key names and file formats are the published ones of Hugging Face.
+
+Deviations from the released model code, with the reason
+    * Pictures only, no video: the paper has none. Grids with t > 1 are refused by the processor, not by the tower.
+    * The prompt's keys and values are kept once for all n samples of a prompt (`KVCache.share`) instead of being copied n times.
+    * `log_probs` applies the head to response tokens only and in chunks: a (B, T, V) tensor in float32 never exists.
+    * Text between control tokens is encoded with control tokens switched off, so that no text can end a turn or insert a picture.
+"""
+import functools
+import json
+import math
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the vision tower. The defaults are those that checkpoints leave out of config.json."""
+    depth: int = 32
+    hidden_size: int = 1280
+    intermediate_size: int = 3420
+    num_heads: int = 16
+    in_channels: int = 3
+    patch_size: int = 14                              # pixels
+    temporal_patch_size: int = 2                      # a still picture is shown twice
+    spatial_merge_size: int = 2                       # 2 x 2 patches become one image token
+    window_size: int = 112                            # pixels: attention is local to windows of 8 x 8 patches ...
+    fullatt_block_indexes: tuple = (7, 15, 23, 31)    # ... except in these blocks
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the decoder, the ids of the control tokens, and the vision tower's sizes; `raw` is config.json as it was read."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    mrope_section: tuple                              # rotary pairs that turn with time, height, width; they sum to D / 2
+    image_token_id: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+    max_position_embeddings: int = 32768
+    tie_word_embeddings: bool = False
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    raw: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def max_positions(self):
+        return self.max_position_embeddings
+
+
+def read_json(path):
+    """Parse a JSON file; a missing or broken one raises ValueError with the place."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: not valid JSON ({e})") from None
+
+
+def read_config(source):
+    """Config from a directory, a config.json or a dict, in the old flat or the new nested layout (`text_config`).
+
+    Raises ValueError that names the field for what this file does not implement.
+    """
+    if isinstance(source, dict):
+        raw, where = source, "config"
+    else:
+        where = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
+        raw = read_json(where)
+    text = {**raw, **raw.get("text_config", {})}
+    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+    vision = dict(raw.get("vision_config") or {})
+    vision["in_channels"] = vision.get("in_channels", vision.get("in_chans", 3))
+    refuse = [
+        ("model_type", raw.get("model_type"), ("qwen2_5_vl",)),
+        ("hidden_act", text.get("hidden_act", "silu"), ("silu",)),
+        ("vision_config.hidden_act", vision.get("hidden_act", "silu"), ("silu",)),
+        ("use_sliding_window", text.get("use_sliding_window", False), (False, None)),
+        ("rope type", rope.get("rope_type", rope.get("type", "default")), ("default", "mrope")),
+        ("quantization_config", raw.get("quantization_config"), (None,)),
+    ]
+    for name, value, supported in refuse:
+        if value not in supported:
+            raise ValueError(f"{where}: {name} is {value!r}, this code supports {' or '.join(map(repr, supported))} only")
+    text["mrope_section"] = rope.get("mrope_section")
+    text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta", 1e6))
+    text["tie_word_embeddings"] = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    text["image_token_id"] = raw.get("image_token_id", text.get("image_token_id"))
+    wanted = [f.name for f in fields(Config) if f.name not in ("vision", "raw")]
+    given = {k: text[k] for k in wanted if text.get(k) is not None}
+    missing = [f.name for f in fields(Config) if f.name in wanted and f.name not in given and f.name in wanted[:8]]
+    if missing:
+        raise ValueError(f"{where}: missing {', '.join(missing)}")
+    for d, names in ((given, ("mrope_section",)), (vision, ("fullatt_block_indexes",))):
+        d.update({k: tuple(d[k]) for k in names if k in d})
+    vis = VisionConfig(**{f.name: vision[f.name] for f in fields(VisionConfig) if f.name in vision})
+    config = Config(**given, vision=vis, raw=raw)
+    check_config(config, where)
+    return config
+
+
+def check_config(c, where):
+    """Raise ValueError for sizes that do not fit each other, before anything is allocated."""
+    sizes = {f.name: getattr(c, f.name) for f in fields(Config)[:6]} | {f.name: getattr(c.vision, f.name) for f in fields(VisionConfig)[:-1]}
+    for name, value in sizes.items():
+        if not isinstance(value, int) or not 1 <= value <= 1_000_000:
+            raise ValueError(f"{where}: {name} is {value!r}, expected a whole number from 1 to 1000000")
+    if c.hidden_size % c.num_attention_heads or c.num_attention_heads % c.num_key_value_heads:
+        raise ValueError(f"{where}: hidden_size {c.hidden_size}, num_attention_heads {c.num_attention_heads} and num_key_value_heads "
+                         f"{c.num_key_value_heads} must divide one another in this order")
+    if 2 * sum(c.mrope_section) != c.head_dim or len(c.mrope_section) != 3:
+        raise ValueError(f"{where}: mrope_section {list(c.mrope_section)} must be three numbers that sum to half of the head dimension {c.head_dim}")
+    if c.vision.hidden_size % (4 * c.vision.num_heads):
+        raise ValueError(f"{where}: vision hidden_size {c.vision.hidden_size} must be a multiple of 4 x {c.vision.num_heads} heads")
+
+
+# ------------------------------------------------------------------------------------------------------------------- small parts
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)); the vision tower's has biases, the decoder's has none."""
+    def __init__(self, size, inner, bias):
+        super().__init__()
+        self.gate_proj = nn.Linear(size, inner, bias=bias)
+        self.up_proj = nn.Linear(size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, size, bias=bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding: turn the pairs (x[i], x[i + D/2]) by their angles. x (..., D); cos, sin broadcast to (..., D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------------ vision tower
+
+
+@functools.lru_cache(maxsize=1024)
+def patch_layout(grid, merge, window):
+    """Where the patches of one picture stand: rows and columns in window order, the lengths of its windows, and the way back.
+
+    grid (t, h, w) in patches; merge: patches per token side; window: tokens per window side.
+    The processor emits patches in 2 x 2 blocks (a block = one image token). The tower sorts the blocks by window; ragged windows at
+    the right and lower edge are shorter. Returns rows (P,), columns (P,), order (P / merge^2,) of the blocks, window lengths in patches.
+    """
+    t, h, w = grid
+    bh, bw, unit = h // merge, w // merge, merge * merge
+    block = torch.arange(bh * bw).view(bh, bw)
+    order, lengths = [], []
+    for top in range(0, bh, window):
+        for left in range(0, bw, window):
+            members = block[top:top + window, left:left + window].flatten()
+            order.append(members)
+            lengths.append(len(members) * unit)
+    order = torch.cat(order)
+    inside = torch.arange(unit)
+    rows = (order // bw)[:, None] * merge + inside // merge            # (blocks, unit)
+    cols = (order % bw)[:, None] * merge + inside % merge
+    frames = torch.cat([order + f * bh * bw for f in range(t)])        # each frame is attended by itself
+    return rows.flatten().repeat(t), cols.flatten().repeat(t), frames, lengths * t
+
+
+def attend_blocks(q, k, v, lengths):
+    """Attention inside consecutive blocks of patches. q, k, v (P, H, D); lengths of the blocks sum to P. Blocks of one length are one batch."""
+    P, H, D = q.shape
+    if len(set(lengths)) == 1:
+        split = lambda x: x.view(-1, lengths[0], H, D).transpose(1, 2)                   # (blocks, H, length, D)
+        return F.scaled_dot_product_attention(split(q), split(k), split(v)).transpose(1, 2).reshape(P, H, D)
+    sizes = torch.tensor(lengths)
+    starts = sizes.cumsum(0) - sizes
+    out = torch.empty_like(q)
+    for length in sorted(set(lengths)):
+        where = (starts[sizes == length][:, None] + torch.arange(length)).to(q.device)     # (blocks, length)
+        y = F.scaled_dot_product_attention(*(x[where].transpose(1, 2) for x in (q, k, v)))  # (blocks, H, length, D)
+        out[where] = y.transpose(1, 2)
+    return out
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.heads = c.num_heads
+        self.qkv = nn.Linear(c.hidden_size, 3 * c.hidden_size)
+        self.proj = nn.Linear(c.hidden_size, c.hidden_size)
+
+    def forward(self, x, cos, sin, lengths):
+        q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)      # (P, H, D) each
+        y = attend_blocks(rotate(q, cos, sin), rotate(k, cos, sin), v, lengths)
+        return self.proj(y.reshape(len(x), -1))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(c.hidden_size, 1e-6), RMSNorm(c.hidden_size, 1e-6)
+        self.attn = VisionAttention(c)
+        self.mlp = SwiGLU(c.hidden_size, c.intermediate_size, bias=True)
+
+    def forward(self, x, cos, sin, lengths):
+        x = x + self.attn(self.norm1(x), cos, sin, lengths)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """A convolution whose stride is its kernel is a matrix product with each patch; the weight keeps its published 5-D shape."""
+    def __init__(self, c):
+        super().__init__()
+        self.proj = nn.Module()
+        self.proj.weight = nn.Parameter(torch.empty(c.hidden_size, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size))
+
+    def forward(self, patches):
+        return F.linear(patches, self.proj.weight.flatten(1))
+
+
+class PatchMerger(nn.Module):
+    """2 x 2 neighbouring patches -> one token of the decoder's width."""
+    def __init__(self, c, out_size):
+        super().__init__()
+        inner = c.hidden_size * c.spatial_merge_size ** 2
+        self.inner = inner
+        self.ln_q = RMSNorm(c.hidden_size, 1e-6)
+        self.mlp = nn.Sequential(nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, out_size))
+
+    def forward(self, x):
+        return self.mlp(self.ln_q(x).view(-1, self.inner))
+
+
+class VisionTower(nn.Module):
+    """Patches of all pictures of a batch, one behind the other -> image tokens. No padding: a picture costs what it shows."""
+    def __init__(self, c, out_size):
+        super().__init__()
+        self.c = c
+        self.patch_embed = PatchEmbed(c)
+        self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
+        self.merger = PatchMerger(c, out_size)
+
+    def angles(self, rows, cols):
+        """Half of the rotary pairs turn with the row, half with the column: (P,), (P,) -> (P, 1, D/2)."""
+        quarter = self.c.hidden_size // self.c.num_heads // 4
+        speed = 10000.0 ** (-torch.arange(quarter, device=rows.device) / quarter)
+        a = torch.cat((rows[:, None] * speed, cols[:, None] * speed), dim=-1)[:, None]
+        return a.cos(), a.sin()
+
+    def forward(self, patches, grids):
+        """patches (P, channels * frames * size^2), grids: list of (t, h, w) -> (P / 4, C) in reading order."""
+        c, device = self.c, patches.device
+        unit = c.spatial_merge_size ** 2
+        window = max(1, c.window_size // c.spatial_merge_size // c.patch_size)
+        rows, cols, order, lengths, full, start = [], [], [], [], [], 0
+        for grid in grids:
+            r, col, o, ls = patch_layout(tuple(grid), c.spatial_merge_size, window)
+            rows.append(r), cols.append(col), order.append(o + start)
+            lengths += ls
+            full += [grid[1] * grid[2]] * grid[0]                     # full attention sees one whole frame
+            start += len(o)
+        order = torch.cat(order).to(device)
+        cos, sin = self.angles(torch.cat(rows).to(device), torch.cat(cols).to(device))
+        x = self.patch_embed(patches)                                 # (P, C_vision)
+        x = x.view(-1, unit, x.shape[-1])[order].flatten(0, 1)        # blocks sorted by window
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin, full if i in c.fullatt_block_indexes else lengths)
+        return self.merger(x)[order.argsort()]                        # back to reading order
+
+
+# ----------------------------------------------------------------------------------------------------------------------- decoder
+
+
+class KVCache:
+    """Keys and values of everything read so far, as a list of segments.
+
+    A segment holds, for each layer, keys and values (R, KV, S, D). R may be the number of rows B or a divisor of it: a prompt that n
+    samples share is one row of a segment with R = B / n. Only the last segment grows.
+    """
+    def __init__(self, config, rows, room, like):
+        self.config, self.rows, self.segments = config, rows, []
+        self.open(room, like)
+
+    def open(self, room, like):
+        """Start a new segment with room for that many tokens."""
+        shape = (self.config.num_hidden_layers, 2, self.rows, self.config.num_key_value_heads, room, self.config.head_dim)
+        self.segments.append({"kv": torch.empty(shape, dtype=like.dtype, device=like.device), "length": 0, "valid": None})
+
+    def share(self, n, room):
+        """From here on every row stands for n samples; what was read so far is kept once."""
+        self.rows *= n
+        self.open(room, self.segments[-1]["kv"])
+
+    def keep(self, alive):
+        """Keep only these rows of the first segment (the prompts) and the samples that belong to them. alive (N',) long."""
+        prompts = self.segments[0]["kv"].shape[2]
+        for s in self.segments:
+            n = s["kv"].shape[2] // prompts
+            rows = (alive[:, None] * n + torch.arange(n, device=alive.device)).flatten()
+            s["kv"] = s["kv"][:, :, rows]
+            s["valid"] = None if s["valid"] is None else s["valid"][rows]
+        self.rows = len(rows)
+
+    def extend(self, valid):
+        """Make place for T more tokens. valid (B, T) bool: False at padding, or None. Returns the mask that each segment needs."""
+        last = self.segments[-1]
+        T = valid.shape[1]
+        old = torch.ones(len(valid), last["length"], dtype=torch.bool, device=valid.device) if last["valid"] is None else last["valid"]
+        last["valid"] = torch.cat((old, valid), dim=1)                                        # (B, S)
+        last["length"] += T
+        masks = [s["valid"][:, None, None, None, None, :] for s in self.segments]             # (R, 1, 1, 1, 1, S)
+        S = last["length"]
+        causal = torch.ones(T, S, dtype=torch.bool, device=valid.device).tril(S - T)
+        own = torch.eye(T, dtype=torch.bool, device=valid.device)                             # padding sees itself: no row without a key
+        own = F.pad(own, (S - T, 0))
+        masks[-1] = (masks[-1] & causal) | own                                                # (B, 1, 1, 1, T, S)
+        return masks
+
+    def put(self, layer, k, v):
+        """Store the new keys and values (B, KV, T, D) of a layer; returns [(keys, values)] of all segments."""
+        last = self.segments[-1]
+        end = last["length"]
+        last["kv"][layer, 0, :, :, end - k.shape[2]:end] = k
+        last["kv"][layer, 1, :, :, end - k.shape[2]:end] = v
+        return [(s["kv"][layer, 0, :, :, :s["length"]], s["kv"][layer, 1, :, :, :s["length"]]) for s in self.segments]
+
+
+def attend_segments(q, segments, masks):
+    """Attention of new tokens over all segments of a cache: q (B, H, T, D), segments [(k, v)] with (R, KV, S, D) -> (B, H, T, D).
+
+    The n rows that share a segment's row, and the H / KV query heads that share a key head, become rows of one matrix product, so that a
+    shared prompt is read from memory once for all its samples.
+    """
+    B, H, T, D = q.shape
+    q, scores = q * D ** -0.5, []
+    for (k, _), mask in zip(segments, masks):
+        R, KV, S, _ = k.shape
+        n, g = B // R, H // KV
+        together = q.view(R, n, KV, g * T, D).transpose(1, 2).reshape(R, KV, n * g * T, D)
+        s = (together @ k.transpose(-1, -2)).view(R, KV, n, g, T, S).transpose(1, 2)          # (R, n, KV, g, T, S)
+        if mask is not None:
+            s = s.masked_fill(~mask, -torch.inf)
+        scores.append(s.reshape(B, KV, g, T, S))
+    weights = torch.cat(scores, dim=-1).softmax(-1, dtype=torch.float32).to(q.dtype)
+    out = 0
+    for w, (_, v) in zip(weights.split([k.shape[2] for k, _ in segments], dim=-1), segments):
+        R, KV, S, _ = v.shape
+        n, g = B // R, H // KV
+        together = w.reshape(R, n, KV, g * T, S).transpose(1, 2).reshape(R, KV, n * g * T, S)
+        out = out + (together @ v).view(R, KV, n, g, T, D).transpose(1, 2).reshape(B, H, T, D)
+    return out
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: H query heads share KV key/value heads; q, k, v have biases."""
+    def __init__(self, c):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+
+    def forward(self, x, cos, sin, mask, cache, layer):
+        B, T, _ = x.shape
+        q = rotate(self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2), cos, sin)        # (B, H, T, D)
+        k = rotate(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2), cos, sin)     # (B, KV, T, D)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        segments = cache.put(layer, k, v) if cache is not None else None
+        if isinstance(mask, list):                                                                        # tokens were read before
+            y = attend_segments(q, segments, mask)
+        else:
+            g = self.heads // self.kv_heads
+            k, v = k.repeat_interleave(g, dim=1), v.repeat_interleave(g, dim=1)                           # (B, H, T, D)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = SwiGLU(c.hidden_size, c.intermediate_size, bias=False)
+
+    def forward(self, x, cos, sin, mask, cache, layer):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.gradient_checkpointing = False
+
+    def angles(self, positions):
+        """M-RoPE: a rotary pair turns with the time, the height or the width of its token. positions (3, B, T) -> cos, sin (B, 1, T, D/2)."""
+        c, device = self.c, positions.device
+        speed = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32) / c.head_dim)    # (D/2,)
+        axis = torch.tensor([i for i, size in enumerate(c.mrope_section) for _ in range(size)], device=device)        # (D/2,)
+        a = positions[axis].permute(1, 2, 0)[:, None] * speed                                                         # (B, 1, T, D/2)
+        return a.cos(), a.sin()
+
+    def forward(self, x, positions, mask=None, cache=None):
+        """x (B, T, C) embedded tokens -> (B, T, C) normalised hidden states.
+
+        mask: None (causal), a bool (B, 1, T, T), or the list of `KVCache.extend` where the cache already holds tokens.
+        """
+        cos, sin = (a.to(x.dtype) for a in self.angles(positions))
+        for i, layer in enumerate(self.layers):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, mask, cache, i, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, cache, i)
+        return self.norm(x)
+
+
+# --------------------------------------------------------------------------------------------------------------------- the model
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What `generate` sampled, a row a sample, the n samples of a prompt next to each other."""
+    tokens: torch.Tensor                              # (B * n, L) long; behind the end of a row stands the first eos id
+    mask: torch.Tensor                                # (B * n, L) bool, True where the model sampled the token, eos included
+    logps: torch.Tensor                               # (B * n, L) float32, log-probabilities at the sampling temperature, 0 elsewhere
+
+
+def padding_mask(valid):
+    """Causal mask of a padded batch: valid (B, T) bool -> (B, 1, T, T) bool, or None where nothing is padded."""
+    if valid is None or valid.all():
+        return None
+    T = valid.shape[1]
+    triangle = torch.ones(T, T, dtype=torch.bool, device=valid.device).tril()
+    own = torch.eye(T, dtype=torch.bool, device=valid.device)                    # padding sees itself: no row without a key
+    return (triangle & valid[:, None, None, :]) | own
+
+
+def pick(logits, temperature, top_k, top_p, generator):
+    """Sample a token a row. logits (B, V) -> tokens (B,), log-probabilities (B,) float32.
+
+    The log-probability is that of softmax(logits / temperature) before top-k and top-p, as `log_probs` recomputes it.
+    """
+    logits = logits.float()
+    logps = F.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        kept = logps
+        if 0 < top_k < logits.shape[-1]:
+            kept = kept.masked_fill(kept < kept.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
+        if top_p < 1.0:
+            ordered, index = kept.softmax(-1).sort(dim=-1, descending=True)
+            outside = (ordered.cumsum(-1) - ordered >= top_p).scatter(1, index, ordered.cumsum(-1) - ordered >= top_p)
+            kept = kept.masked_fill(outside, -torch.inf)
+        tokens = torch.multinomial(kept.softmax(-1), 1, generator=generator)[:, 0]
+    return tokens, logps.gather(1, tokens[:, None])[:, 0]
+
+
+class VLM(nn.Module):
+    """The vision-language model: `visual` makes tokens of pictures, `model` reads them among the words, the head names the next token."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.visual = VisionTower(config.vision, config.hidden_size)
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    # ------------------------------------------------------------------------------------------------------------ make, load, save
+    @classmethod
+    def from_config(cls, path_or_dict, seed=0, dtype=torch.float32, device="cpu"):
+        """Random weights from a config.json, a directory or a dict; the seed fixes them. Weights shrink with their fan-in and depth."""
+        config = read_config(path_or_dict)
+        with torch.device("meta"):
+            vlm = cls(config)
+        vlm.to_empty(device=device)
+        g = torch.Generator(device).manual_seed(seed)
+        with torch.no_grad():
+            for name, p in vlm.named_parameters():
+                if p.dim() == 1:
+                    p.fill_(1.0 if "norm" in name or "ln_q" in name else 0.0)
+                elif "embed_tokens" in name:
+                    p.normal_(0, config.hidden_size ** -0.5, generator=g)
+                else:
+                    depth = config.vision.depth if name.startswith("visual") else config.num_hidden_layers
+                    last = name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight"))
+                    p.normal_(0, p[0].numel() ** -0.5 * ((2 * depth) ** -0.5 if last else 1.0), generator=g)
+        return vlm.to(dtype)
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
+        """Read a Hugging Face directory (FORMATS: old and new layouts, one file or shards) straight into dtype and device.
+
+        Raises ValueError that lists every missing, unexpected and mis-shaped key.
+        """
+        config = read_config(Path(path))
+        with torch.device("meta"):
+            vlm = cls(config)
+        expected = dict(vlm.named_parameters())
+        missing, problems = set(expected), []
+        for file in weight_files(path):
+            try:
+                with safe_open(file, framework="pt", device="cpu") as f:
+                    for key in f.keys():
+                        name = our_name(key)
+                        if name == "lm_head.weight" and config.tie_word_embeddings:
+                            continue                                            # a tied head that was written out all the same
+                        if name not in missing:
+                            problems.append(f"{'twice' if name in expected else 'unexpected'}: {key}")
+                            continue
+                        shape = f.get_slice(key).get_shape()
+                        missing.discard(name)
+                        if list(shape) != list(expected[name].shape):
+                            problems.append(f"shape {shape} instead of {list(expected[name].shape)}: {key}")
+                            continue
+                        set_parameter(vlm, name, f.get_tensor(key).to(device=device, dtype=dtype))
+            except (SafetensorError, OSError) as e:
+                raise ValueError(f"{file}: not a readable safetensors file ({e}); is the download complete?") from None
+        problems = [f"missing: {name}" for name in sorted(missing)] + problems
+        if problems:
+            raise ValueError(f"{path}: {len(problems)} weights do not fit config.json: {'; '.join(problems)}")
+        return vlm
+
+    def save_pretrained(self, path, dtype=None, shard_bytes=5_000_000_000):
+        """Write config.json and safetensors (published key names) that `from_pretrained` and transformers read. Nothing is half-written."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        shards, size = [{}], 0
+        for name, p in self.named_parameters():
+            p = p.detach().to(dtype or p.dtype).cpu().contiguous()
+            if size + p.nbytes > shard_bytes and shards[-1]:
+                shards.append({})
+                size = 0
+            shards[-1][name] = p
+            size += p.nbytes
+        names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        for name, shard in zip(names, shards):
+            save_file(shard, path / (name + ".new"), metadata={"format": "pt"})
+            os.replace(path / (name + ".new"), path / name)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": sum(p.nbytes for s in shards for p in s.values())},
+                     "weight_map": {key: name for name, s in zip(names, shards) for key in s}}
+            write_json(path / "model.safetensors.index.json", index)
+        kept = str(dtype or next(self.parameters()).dtype).removeprefix("torch.")
+        write_json(path / "config.json", {**self.config.raw, "architectures": ["Qwen2_5_VLForConditionalGeneration"], "torch_dtype": kept})
+
+    # -------------------------------------------------------------------------------------------------------------------- forward
+    def embed(self, input_ids, pixel_values=None, image_grid_thw=None):
+        """Token embeddings, with the image tokens' places filled by the vision tower. (B, T) -> (B, T, C)."""
+        x = self.model.embed_tokens(input_ids)
+        here = input_ids == self.config.image_token_id
+        wanted = 0 if image_grid_thw is None else int((image_grid_thw.prod(-1) // self.config.vision.spatial_merge_size ** 2).sum())
+        if int(here.sum()) != wanted:
+            raise ValueError(f"{int(here.sum())} image tokens in input_ids, but the pictures make {wanted}: the prompt was cut or pictures are missing")
+        if wanted:
+            features = self.visual(pixel_values.to(x.dtype), image_grid_thw.tolist())     # (image tokens, C)
+            x = x.masked_scatter(here[..., None], features)
+        return x
+
+    def positions(self, input_ids, attention_mask=None, image_grid_thw=None):
+        """M-RoPE positions (3, B, T) of time, height and width, and the position (B,) that comes after each row (arXiv 2409.12191, 2.1).
+
+        Words advance all three by one. A picture's tokens share the position where it starts, plus their own row and column; what follows
+        starts behind the picture's longer side. Padding does not advance.
+        """
+        step = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        offsets = None
+        if image_grid_thw is not None and len(image_grid_thw):
+            here = input_ids == self.config.image_token_id
+            step = step.masked_fill(here, 0)
+            offsets, sides, counts = [], [], []
+            for t, h, w in image_grid_thw.tolist():
+                h, w = h // self.config.vision.spatial_merge_size, w // self.config.vision.spatial_merge_size
+                offsets.append(torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).view(-1, 3))
+                sides.append(max(t, h, w))
+                counts.append(t * h * w)
+            offsets = torch.cat(offsets).T.to(input_ids.device)                           # (3, image tokens)
+            last = torch.tensor(counts, device=input_ids.device).cumsum(0) - 1
+            row, col = here.nonzero(as_tuple=True)
+            step[row[last], col[last]] = torch.tensor(sides, device=input_ids.device)     # the last token of a picture steps over it
+        end = step.cumsum(1)
+        positions = (end - step).repeat(3, 1, 1)                                          # (3, B, T)
+        if offsets is not None:
+            positions[:, here] += offsets
+        return positions, end[:, -1]
+
+    def head(self, hidden):
+        """Hidden states (..., C) -> logits (..., V); a tied head is the embedding table."""
+        return F.linear(hidden, (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight)
+
+    def hidden_states(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None):
+        """Normalised hidden states (B, T, C) of the last layer."""
+        attention_mask = None if attention_mask is None else attention_mask.bool()
+        x = self.embed(input_ids, pixel_values, image_grid_thw)
+        positions, _ = self.positions(input_ids, attention_mask, image_grid_thw)
+        return self.model(x, positions, padding_mask(attention_mask))
+
+    def forward(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None):
+        """(B, T) ids -> (B, T, V) logits. attention_mask (B, T) may be padded on either side; pixel_values (P, patch) of all pictures in
+        reading order, image_grid_thw (pictures, 3). Raises ValueError where image tokens and pictures do not match."""
+        return self.head(self.hidden_states(input_ids, attention_mask, pixel_values, image_grid_thw))
+
+    def prefill(self, input_ids, attention_mask, pixel_values, image_grid_thw, room=0):
+        """Read the prompts once: their cache (with room for that many more tokens), the last token's hidden state (B, C), the next position (B,)."""
+        valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        x = self.embed(input_ids, pixel_values, image_grid_thw)
+        positions, after = self.positions(input_ids, valid, image_grid_thw)
+        cache = KVCache(self.config, len(x), x.shape[1] + room, x)
+        cache.extend(valid)
+        hidden = self.model(x, positions, padding_mask(valid), cache)
+        last = (valid.long() * torch.arange(x.shape[1], device=x.device)).argmax(1)       # the last real token of each row
+        return cache, hidden[torch.arange(len(x), device=x.device), last], after
+
+    @torch.no_grad()
+    def generate(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, *, n=1, max_new_tokens=256, temperature=1.0,
+                 top_k=0, top_p=1.0, eos_ids=(), generator=None):
+        """Sample n continuations of each prompt (B, T) -> Samples of B * n rows.
+
+        temperature 0 is greedy; top_k 0 and top_p 1 switch these filters off. A prompt is read once for all its samples; prompts whose
+        samples are all finished leave the batch.
+        """
+        if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or n < 1 or max_new_tokens < 1:
+            raise ValueError(f"generate: temperature {temperature} >= 0, 0 < top_p {top_p} <= 1, top_k {top_k} >= 0, n {n} >= 1 and "
+                             f"max_new_tokens {max_new_tokens} >= 1 are expected")
+        cache, hidden, position = self.prefill(input_ids, attention_mask, pixel_values, image_grid_thw)
+        device, B = input_ids.device, len(input_ids)
+        eos = torch.tensor(list(eos_ids), device=device, dtype=torch.long)
+        tokens = torch.full((B * n, max_new_tokens), eos_ids[0] if len(eos_ids) else 0, device=device)
+        mask = torch.zeros(B * n, max_new_tokens, dtype=torch.bool, device=device)
+        logps = torch.zeros(B * n, max_new_tokens, device=device)
+        hidden, position = hidden.repeat_interleave(n, 0), position.repeat_interleave(n)
+        cache.share(n, max_new_tokens)
+        rows = torch.arange(B * n, device=device)                     # which rows of the result are still in the batch
+        done = torch.zeros(B * n, dtype=torch.bool, device=device)    # of the rows in the batch: finished, but a sibling is not
+        for t in range(max_new_tokens):
+            new, logp = pick(self.head(hidden), temperature, top_k, top_p, generator)
+            live = rows[~done]
+            tokens[live, t], logps[live, t], mask[live, t] = new[~done], logp[~done], True
+            done = done | torch.isin(new, eos)
+            finished = done.view(-1, n).all(1)                        # (prompts in the batch,)
+            if t + 1 == max_new_tokens or finished.all():
+                break
+            if finished.float().mean() > 0.2:                         # leaving costs a copy of the cache: not for every single prompt
+                alive = (~finished).nonzero()[:, 0]
+                cache.keep(alive)
+                kept = (alive[:, None] * n + torch.arange(n, device=device)).flatten()
+                rows, done, new, position = rows[kept], done[kept], new[kept], position[kept]
+            x = self.model.embed_tokens(new[:, None])
+            cache.segments[-1]["length"] += 1
+            masks = [cache.segments[0]["valid"][:, None, None, None, None], None]
+            hidden = self.model(x, position.expand(3, 1, -1).transpose(1, 2), masks, cache)[:, 0]
+            position = position + 1
+        return Samples(tokens[:, :t + 1], mask[:, :t + 1], logps[:, :t + 1])
+
+    # ---------------------------------------------------------------------------------------------------- log-probabilities with gradient
+    def token_log_probs(self, hidden, targets, temperature=1.0, entropy=False, chunk_elements=2 ** 24):
+        """log p(target) of M tokens, the head applied in chunks: hidden (M, C), targets (M,) -> (M,) float32.
+
+        Where one chunk is not enough, its logits are computed again in the backward pass, so at most `chunk_elements` logits live at once.
+        With entropy=True also the entropy (M,) of each distribution.
+        """
+        def of_chunk(h, y):
+            logits = self.head(h).float() / temperature                                   # (m, V)
+            norm = logits.logsumexp(-1)
+            logp = logits.gather(1, y[:, None])[:, 0] - norm
+            if not entropy:
+                return logp, logp.detach()
+            return logp, norm - (logits * (logits - norm[:, None]).exp()).sum(-1)         # H = log Z - E[logit]
+
+        m = max(1, chunk_elements // self.config.vocab_size)
+        if len(hidden) <= m:
+            logp, h = of_chunk(hidden, targets)
+        else:
+            parts = [checkpoint(of_chunk, h, y, use_reentrant=False) for h, y in zip(hidden.split(m), targets.split(m))]
+            logp, h = (torch.cat(p) for p in zip(*parts))
+        return (logp, h) if entropy else logp
+
+    def log_probs(self, input_ids, targets_mask, attention_mask=None, pixel_values=None, image_grid_thw=None, *, temperature=1.0):
+        """Log-probabilities of the tokens under targets_mask, each given all before it; with gradient.
+
+        input_ids (B, T); targets_mask (B, T) bool, its first column is never a target (or (B, T - 1), the mask of input_ids[:, 1:]).
+        Returns (B, T - 1) float32: entry t belongs to input_ids[:, t + 1]; 0 outside the mask.
+        """
+        wanted = targets_mask.bool()
+        wanted = wanted[:, 1:] if wanted.shape[1] == input_ids.shape[1] else wanted       # (B, T - 1)
+        hidden = self.hidden_states(input_ids, attention_mask, pixel_values, image_grid_thw)[:, :-1][wanted]    # (M, C)
+        logps = self.token_log_probs(hidden, input_ids[:, 1:][wanted], temperature)
+        return torch.zeros(wanted.shape, device=hidden.device).masked_scatter(wanted, logps)
+
+    def group_log_probs(self, tokens, mask, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, *, temperature=1.0,
+                        entropy=False):
+        """Log-probabilities of n responses behind each prompt, the prompt computed once (prefix sharing); with gradient.
+
+        tokens, mask (N * n, L) as `generate` returns them; input_ids (N, P) left-padded prompts. A prompt and its responses are one row
+        [prompt | y1 | ... | yn]: each response has the positions that follow the prompt, and sees the prompt and itself only.
+        Returns (N * n, L) float32, 0 outside the mask; with entropy=True also the entropies (N * n, L).
+        """
+        N, P = input_ids.shape
+        n, L, device = len(tokens) // N, tokens.shape[1], input_ids.device
+        valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if not valid[:, -1].all():
+            raise ValueError("group_log_probs: prompts must be padded on the left, so that their last token is real")
+        before, after = self.positions(input_ids, valid, image_grid_thw)
+        behind = (after[:, None] + torch.arange(L, device=device)).repeat(1, n)                           # (N, n L)
+        positions = torch.cat((before, behind.expand(3, -1, -1)), dim=2)                                  # (3, N, P + n L)
+        block = torch.arange(n, device=device).repeat_interleave(L)                                       # which response a token is of
+        block = torch.cat((block.new_full((P,), -1), block))                                              # -1: the prompt
+        sees = ((block[None, :] == -1) | (block[:, None] == block[None, :])).tril()                       # (P + n L, P + n L)
+        seen = torch.cat((valid, mask.view(N, n * L)), dim=1)                                             # padding is seen by nobody
+        sees = (sees & seen[:, None, None, :]) | torch.eye(P + n * L, dtype=torch.bool, device=device)
+        x = torch.cat((self.embed(input_ids, pixel_values, image_grid_thw), self.model.embed_tokens(tokens.view(N, n * L))), dim=1)
+        hidden = self.model(x, positions, sees)                                                           # (N, P + n L, C)
+        first = torch.full((n, 1), P - 1, device=device)                                                  # the prompt's end predicts y[0],
+        rest = P + torch.arange(n * L, device=device).view(n, L)[:, :-1]                                  # y[t - 1] predicts y[t]
+        hidden = hidden[:, torch.cat((first, rest), dim=1)].reshape(N * n, L, -1)                         # (N n, L, C)
+        out = self.token_log_probs(hidden[mask], tokens[mask], temperature, entropy)
+        spread = lambda values: torch.zeros(mask.shape, device=device).masked_scatter(mask, values)
+        return tuple(map(spread, out)) if entropy else spread(out)
+
+
+def write_json(path, value):
+    """Write JSON beside the file, then rename: a reader never sees half of it."""
+    new = Path(str(path) + ".new")
+    new.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(new, path)
+
+
+def our_name(key):
+    """Published key of either layout -> this file's parameter name (the older published layout)."""
+    for theirs, ours in (("model.language_model.", "model."), ("model.visual.", "visual.")):
+        if key.startswith(theirs):
+            return ours + key[len(theirs):]
+    return key
+
+
+def weight_files(path):
+    """The safetensors files of a model directory: those of the index where there is one. Raises ValueError where there are none."""
+    path = Path(path)
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        if absent := [n for n in names if Path(n).name != n or not (path / n).is_file()]:
+            raise ValueError(f"{path}: the index names files that are not there: {', '.join(absent)}")
+        return [path / n for n in names]
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    if pickled := sorted(p.name for p in path.glob("*") if p.suffix in (".bin", ".pth", ".pt")):
+        raise ValueError(f"{path}: only {pickled[0]} is there, and pickled weights are not read because they can run code; convert them once with "
+                         "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')")
+    raise ValueError(f"{path}: no model.safetensors")
+
+
+def set_parameter(module, name, tensor):
+    """Put a tensor in the place of a (meta) parameter."""
+    *path, last = name.split(".")
+    setattr(functools.reduce(getattr, path, module), last, nn.Parameter(tensor))
+
+
+# -------------------------------------------------------------------------------------------------------------------------- LoRA
+
+
+class LoRALinear(nn.Linear):
+    """y = W x + b + (alpha / rank) B A x, with W and b frozen (arXiv 2106.09685). Names of W and b stay those of the layer it replaces."""
+    def __init__(self, base, rank, alpha, generator=None):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        like = dict(dtype=base.weight.dtype, device=base.weight.device)
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **like).normal_(0, base.in_features ** -0.5, generator=generator))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **like))          # zero: training starts from the base exactly
+        self.rank, self.alpha, self.enabled = rank, alpha, True
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        return y + F.linear(F.linear(x, self.lora_A), self.lora_B) * (self.alpha / self.rank) if self.enabled else y
+
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def add_lora(vlm, rank=16, alpha=32, targets=LORA_TARGETS, seed=0):
+    """Freeze the model and give each linear layer whose name ends with a target an adapter. Returns the trainable parameters.
+
+    Raises ValueError where a target names no layer.
+    """
+    found = {t: [name for name, m in vlm.named_modules() if isinstance(m, nn.Linear) and name.split(".")[-1] == t] for t in targets}
+    if empty := [t for t, names in found.items() if not names]:
+        raise ValueError(f"add_lora: no linear layer is named {', '.join(empty)}")
+    vlm.requires_grad_(False)
+    generator = torch.Generator(next(vlm.parameters()).device).manual_seed(seed)
+    for name in (name for names in found.values() for name in names):
+        parent, last = name.rsplit(".", 1)
+        setattr(vlm.get_submodule(parent), last, LoRALinear(vlm.get_submodule(name), rank, alpha, generator))
+    vlm.lora = {"r": rank, "lora_alpha": alpha, "target_modules": list(targets)}
+    return [p for p in vlm.parameters() if p.requires_grad]
+
+
+@contextmanager
+def lora_disabled(vlm):
+    """Inside this block the model is its base: the reference policy of the KL term, for free."""
+    adapters = [m for m in vlm.modules() if isinstance(m, LoRALinear)]
+    for m in adapters:
+        m.enabled = False
+    try:
+        yield vlm
+    finally:
+        for m in adapters:
+            m.enabled = True
+
+
+def adapter_name(name):
+    """Our parameter name -> peft's: base_model.model. + the newer published path, `.weight` behind lora_A and lora_B."""
+    name = "model.language_model." + name[len("model."):] if name.startswith("model.") else "model." + name
+    return f"base_model.model.{name}.weight"
+
+
+def save_adapter(vlm, path):
+    """Write the adapter as peft reads it: adapter_config.json and adapter_model.safetensors."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {adapter_name(n): p.detach().cpu().contiguous() for n, p in vlm.named_parameters() if "lora_" in n}
+    if not tensors:
+        raise ValueError("save_adapter: this model has no adapter; call add_lora first")
+    save_file(tensors, path / "adapter_model.safetensors.new", metadata={"format": "pt"})
+    os.replace(path / "adapter_model.safetensors.new", path / "adapter_model.safetensors")
+    write_json(path / "adapter_config.json", {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0, **vlm.lora})
+
+
+def load_adapter(vlm, path):
+    """Read an adapter in peft's format into a model, adding the layers where it has none. Raises ValueError that names every key that does not fit."""
+    config = read_json(Path(path) / "adapter_config.json")
+    for name, plain in (("peft_type", "LORA"), ("use_dora", False), ("use_rslora", False), ("bias", "none"), ("modules_to_save", None)):
+        if config.get(name, plain) != plain:
+            raise ValueError(f"{path}: {name} is {config[name]!r}, this code supports {plain!r} only")
+    if not hasattr(vlm, "lora"):
+        add_lora(vlm, config["r"], config["lora_alpha"], tuple(config["target_modules"]))
+    ours = {n: p for n, p in vlm.named_parameters() if "lora_" in n}
+    theirs = {}
+    with safe_open(Path(path) / "adapter_model.safetensors", framework="pt", device="cpu") as f:
+        for key in f.keys():
+            theirs[our_name(key.removeprefix("base_model.model.")).removesuffix(".weight")] = f.get_tensor(key)
+    bad = [f"missing: {n}" for n in sorted(set(ours) - set(theirs))] + [f"unexpected: {n}" for n in sorted(set(theirs) - set(ours))]
+    bad += [f"shape {list(theirs[n].shape)} instead of {list(ours[n].shape)}: {n}" for n in ours if n in theirs and theirs[n].shape != ours[n].shape]
+    if bad:
+        raise ValueError(f"{path}: {len(bad)} adapter weights do not fit: {'; '.join(bad)}")
+    with torch.no_grad():
+        for n, p in ours.items():
+            p.copy_(theirs[n])
+
+
+def merge_lora(vlm):
+    """Fold the adapters into the weights: W <- W + (alpha / rank) B A. Afterwards the model is an ordinary full checkpoint."""
+    for name, m in list(vlm.named_modules()):
+        if isinstance(m, LoRALinear):
+            plain = nn.Linear(m.in_features, m.out_features, bias=m.bias is not None, device="meta")
+            plain.weight = nn.Parameter(m.weight + (m.lora_B @ m.lora_A) * (m.alpha / m.rank))
+            plain.bias = m.bias
+            parent, last = name.rsplit(".", 1)
+            setattr(vlm.get_submodule(parent), last, plain)
+    vlm.__dict__.pop("lora", None)
+    return vlm.requires_grad_(True)
+
+
+# --------------------------------------------------------------------------------------------------------- pictures and conversations
+
+
+def smart_resize(height, width, factor, min_pixels, max_pixels):
+    """Published rule: both sides multiples of `factor`, the area within the limits, the shape kept as well as that allows.
+
+    Pixels in, pixels out. Raises ValueError for a picture more than 200 times longer than it is wide.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"a picture of {width} x {height} pixels is more than 200 times longer than wide; cut it first")
+    h, w = (max(factor, round(side / factor) * factor) for side in (height, width))
+    if h * w > max_pixels:
+        beta = math.sqrt(height * width / max_pixels)
+        h, w = (max(factor, math.floor(side / beta / factor) * factor) for side in (height, width))
+    elif h * w < min_pixels:
+        beta = math.sqrt(min_pixels / (height * width))
+        h, w = (math.ceil(side * beta / factor) * factor for side in (height, width))
+    return h, w
+
+
+def load_picture(image):
+    """A path or a PIL picture -> PIL RGB, turned upright by its EXIF note. Raises ValueError that names a file that is no picture."""
+    try:
+        if not isinstance(image, Image.Image):
+            with Image.open(image) as f:
+                f.load()
+                image = f
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"{image}: no such picture") from None
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as e:
+        raise ValueError(f"{image}: not a readable picture ({e})") from None
+
+
+class Processor:
+    """Conversations -> token ids and patches (ChatML, `tokenizer.json`, `preprocessor_config.json`), and token ids -> text."""
+    CONTROL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+    DEFAULT_SYSTEM = "You are a helpful assistant."       # what the published template says where a conversation has no system turn
+
+    def __init__(self, tokenizer, settings, eos_ids=()):
+        self.tokenizer = tokenizer
+        missing = [t for t in self.CONTROL if tokenizer.token_to_id(t) is None]
+        if missing:
+            raise ValueError(f"tokenizer.json lacks the control tokens {', '.join(missing)}; is this a Qwen2.5-VL tokenizer?")
+        tokenizer.add_special_tokens(list(self.CONTROL))  # whatever the file says of them: control tokens are special
+        tokenizer.encode_special_tokens = True            # and special tokens in a text are read as the letters they are written with
+        self.start, self.end, self.vision_start, self.vision_end, self.image_pad = map(tokenizer.token_to_id, self.CONTROL)
+        self.eos_ids = tuple(eos_ids) or (self.end,)
+        pad = tokenizer.token_to_id("<|endoftext|>")
+        self.pad_id = self.end if pad is None else pad
+        size = settings.get("size") or {}
+        self.patch = settings.get("patch_size", 14)
+        self.frames = settings.get("temporal_patch_size", 2)
+        self.merge = settings.get("merge_size", 2)
+        self.min_pixels = settings.get("min_pixels") or size.get("shortest_edge") or 56 * 56
+        self.max_pixels = settings.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
+        self.mean = np.array(settings.get("image_mean", (0.48145466, 0.4578275, 0.40821073)), dtype=np.float32)
+        self.std = np.array(settings.get("image_std", (0.26862954, 0.26130258, 0.27577711)), dtype=np.float32)
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """Read tokenizer.json, preprocessor_config.json and generation_config.json of a model directory; ValueError names what is wrong."""
+        path = Path(path)
+        if not (path / "tokenizer.json").is_file():
+            raise ValueError(f"{path}: no tokenizer.json")
+        try:
+            tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        except Exception as e:                            # the tokenizers package raises bare Exception for a file that does not parse
+            raise ValueError(f"{path / 'tokenizer.json'}: not a readable tokenizer ({e})") from None
+        settings = read_json(path / "preprocessor_config.json")
+        eos = read_json(path / "generation_config.json").get("eos_token_id", ()) if (path / "generation_config.json").exists() else ()
+        return cls(tokenizer, settings, (eos,) if isinstance(eos, int) else eos)
+
+    def pixels(self, image):
+        """Picture -> patches (P, 3 * frames * patch^2) float32 and its grid (1, h, w) in patches; 2 x 2 neighbours stand together."""
+        image = load_picture(image)
+        h, w = smart_resize(image.height, image.width, self.patch * self.merge, self.min_pixels, self.max_pixels)
+        if (w, h) != image.size:
+            image = image.resize((w, h), Image.Resampling.BICUBIC)
+        x = (np.asarray(image, dtype=np.float32) / 255 - self.mean) / self.std                    # (height, width, 3)
+        m, p = self.merge, self.patch
+        gh, gw = h // p, w // p
+        x = x.transpose(2, 0, 1).reshape(3, gh // m, m, p, gw // m, m, p)                         # channel, block row, row, y, block column, column, x
+        x = x.transpose(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None].repeat(self.frames, axis=5)     # block row, block column, row, column, channel, frame, y, x
+        return torch.from_numpy(x.reshape(gh * gw, -1)), (1, gh, gw)
+
+    def encode(self, text):
+        """Text -> ids; control tokens inside it stay text."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def turn(self, message, grids):
+        """Ids of one turn: <|im_start|>role, newline, the contents, <|im_end|>, newline. Pictures take their grid from `grids` in order."""
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        ids, text = [self.start], message["role"] + "\n"
+        for part in parts:
+            if part["type"] == "text":
+                text += part["text"]
+                continue
+            t, h, w = next(grids)
+            ids += self.encode(text) + [self.vision_start] + [self.image_pad] * (t * h * w // self.merge ** 2) + [self.vision_end]
+            text = ""
+        return ids + self.encode(text) + [self.end] + self.encode("\n")
+
+    def prompt(self, conversation):
+        """One conversation -> (ids, list of patches, list of grids), ending with the header of the assistant's turn."""
+        pictures = [self.pixels(part["image"]) for m in conversation if not isinstance(m["content"], str)
+                    for part in m["content"] if part["type"] == "image"]
+        grids = iter([g for _, g in pictures])
+        if conversation[0]["role"] != "system":
+            conversation = [{"role": "system", "content": self.DEFAULT_SYSTEM}, *conversation]
+        ids = [i for message in conversation for i in self.turn(message, grids)]
+        return ids + [self.start] + self.encode("assistant\n"), [x for x, _ in pictures], [g for _, g in pictures]
+
+    def batch(self, prompts):
+        """Prompts as `prompt` returns them -> one left-padded batch for the model."""
+        T = max(len(ids) for ids, _, _ in prompts)
+        input_ids = torch.full((len(prompts), T), self.pad_id)
+        attention_mask = torch.zeros(len(prompts), T, dtype=torch.bool)
+        for row, (ids, _, _) in enumerate(prompts):
+            input_ids[row, T - len(ids):] = torch.tensor(ids)
+            attention_mask[row, T - len(ids):] = True
+        patches = [x for _, xs, _ in prompts for x in xs]
+        grids = [g for _, _, gs in prompts for g in gs]
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": torch.cat(patches) if patches else None,
+                "image_grid_thw": torch.tensor(grids) if grids else None}
+
+    def __call__(self, conversations):
+        """List of conversations -> dict(input_ids (B, T), attention_mask (B, T) bool, pixel_values (P, patch), image_grid_thw (pictures, 3));
+        left-padded, the last two None where there is no picture."""
+        return self.batch([self.prompt(c) for c in conversations])
+
+    def decode(self, ids):
+        """Token ids -> text without control tokens."""
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
