@@ -1,6 +1,6 @@
-"""R1-Router at work: a question and its picture go in, routed steps and an answer come out; many of them give a score.
+"""R1-Router at work: a question and its picture go in, routed steps and an answer come out, many of them give a score.
 
-    question, picture -> a method asks for a model call -> step prompt -> VLM.generate -> parse_step -> a step or its fault
+    question, picture -> a method asks for a model call -> step prompt -> VLM.generate -> parse_step -> step or fault
                                 or for a search         -> KnowledgeBase.search -> evidence -> the next prompt
                       -> Trajectory -> result row (JSONL) -> scores and costs -> table
 
@@ -8,18 +8,18 @@ In reading order: 1 the step language (prompts, renderers, parser), 2 the publis
 that advances many questions together, 4 result rows and their evaluation, 5 input files, 6 what people see, 7 the
 command line.
 
-Shapes: N prompts of a batch, G samples of a prompt, T prompt tokens, L new tokens, K passages.
+Shapes: N prompts of a batch, G samples of a prompt, T prompt tokens, L new tokens.
 
 Deviations from the paper and the released code, and why:
-  * the parser is strict: each tag once, in order, nothing outside; the released code takes the first match of a regular
-    expression, so that text outside the tags is free;
-  * a malformed step is counted and shown, and asked again only if `retries` says so (released: five silent retries, then
-    "none"); a malformed routing step ends the routing, and the final answer is asked with what is known;
+  * the parser is strict: each tag once, in order, nothing outside; the released code takes the first match of a
+    regular expression, so that text outside the tags is free;
+  * a malformed step is counted and shown, and asked again only if `retries` says so (released: five silent retries,
+    then "none"); a malformed routing step ends the routing, and the final answer is asked with what is known;
   * greedy by default, seeded where sampled (released: temperature 1, unseeded);
-  * the `problem` strings of the published training files serve training and inference alike; the released inference code
-    words the final prompt a little differently;
-  * a prompt that the model has no room for is counted and not asked; it is never cut, since cutting loses the question;
-  * the tokens of the metric follow nltk 3.10, which splits at dashes too, as the published figures that we test with do.
+  * the `problem` strings of the published training files serve training and inference alike; the released inference
+    code words the final prompt a little differently;
+  * a prompt that the model has no room for is counted and not asked; it is never cut, for a cut loses the question;
+  * the tokens of the metric follow nltk 3.10, which splits at dashes too, as the published figures that we test with.
 """
 import argparse
 import json
@@ -29,63 +29,65 @@ import re
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter, deque
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from model import VLM, Processor
-from retrieve import Hit, KnowledgeBase, open_image, read_docs
+from retrieve import KnowledgeBase, open_image, read_docs
 
 HERE = Path(__file__).resolve().parent
 
-
-# ------------------------------------------------------------------------------------------------ 1 the step language
+# ---------------------------------------------------------------------------------------------- 1 the step language
 
 BASES = ("text", "image", "table")
-ROUTES = {"text": "Text Retriever", "image": "Text Image Retriever", "table": "Table Retriever"}  # name in a routing step
+ROUTES = {"text": "Text Retriever", "image": "Text Image Retriever", "table": "Table Retriever"}  # as steps name them
 BASE_OF = {name.lower(): base for base, name in ROUTES.items()}
 PREFIX = {"text": "ter", "image": "tir", "table": "tar"}  # label of a base's evidence lines
 NONE = "None"      # as sub-question and as route: nothing more is needed
 IMAGE = "<image>"  # stands at the end of a problem with a picture
 
 PROMPTS = {
-    "route": "You plan how a question gets answered, one step at a time. You see the question, its picture if it has one, "
-             "and what earlier sub-questions have found. Think about what is still missing. Then write one sub-question "
-             "that a single search can settle, and name where to search: Text Retriever for passages of an encyclopedia, "
-             "Text Image Retriever for captioned pictures, which are compared with the question's picture too, or Table "
-             "Retriever for rows of tables. If nothing is missing, write None in both places. Reply in exactly this form: "
-             "<think> your thoughts</think><sub-question> one question or None</sub-question>"
-             "<ret> one retriever or None</ret>",
-    "answer": "You answer a question from evidence. Each line of evidence names the knowledge base that it comes from; "
-              "some lines may not matter. Think about which lines and which parts of the picture settle the question, "
-              "then answer as briefly as it can be said. Reply in exactly this form: "
+    "route": "You plan how a question gets answered, one step at a time. You see the question, its picture if it has "
+             "one, and what earlier sub-questions have found. Think about what is still missing. Then write one "
+             "sub-question that a single search can settle, and name where to search: Text Retriever for passages of "
+             "an encyclopedia, Text Image Retriever for captioned pictures, which are compared with the question's "
+             "picture too, or Table Retriever for rows of tables. If nothing is missing, write None in both places. "
+             "Reply in exactly this form: <think> your thoughts</think><sub-question> one question or None"
+             "</sub-question><ret> one retriever or None</ret>",
+    "answer": "You answer a question from evidence. Each line of evidence names the knowledge base that it comes "
+              "from; some lines may not matter. Think about which lines and which parts of the picture settle the "
+              "question, then answer as briefly as it can be said. Reply in exactly this form: "
               "<think> your thoughts</think><answer> the answer</answer>",
-    "final": "You give the final answer to a question. Earlier sub-questions and their answers are listed below it, if "
-             "there were any. Think about what they and the picture say, then answer as briefly as it can be said. Reply "
-             "in exactly this form: <think> your thoughts</think><answer> the answer</answer>",
-    "cot": "You answer a question from what you know and from its picture. Think step by step: split the question, settle "
-           "each part in turn, and check the result. Then answer as briefly as it can be said. Reply in exactly this form: "
-           "<think> your thoughts, step by step</think><answer> the answer</answer>",
+    "final": "You give the final answer to a question. Earlier sub-questions and their answers are listed below it, "
+             "if there were any. Think about what they and the picture say, then answer as briefly as it can be "
+             "said. Reply in exactly this form: <think> your thoughts</think><answer> the answer</answer>",
+    "cot": "You answer a question from what you know and from its picture. Think step by step: split the question, "
+           "settle each part in turn, and check the result. Then answer as briefly as it can be said. Reply in "
+           "exactly this form: <think> your thoughts, step by step</think><answer> the answer</answer>",
 }
-EVIDENCE_HEADER = ("According to the related information searched, `ter` means this info is from text retriever, `tir` means "
-                   "this info is from text image retriever, `tar` means this info is from table retriever:")
+EVIDENCE_HEADER = (
+    "According to the related information searched, `ter` means this info is from text retriever, `tir` means this "
+    "info is from text image retriever, `tar` means this info is from table retriever:")
 
 
-def _history(question, history):
+def _known(question, history):
+    """The question and what is known so far, the beginning of the routing and the final prompt."""
     pairs = (f"Sub-question{i}: {query}\nAnswer{i}: {answer}\n" for i, (query, answer) in enumerate(history, 1))
     return f"Origin question: {question}\n{''.join(pairs)}"
 
 
 def route_problem(question, history, image):
-    """Prompt of a routing step. `history`: pairs (sub-question, answer) so far; `image`: whether the question has a picture."""
-    return _history(question, history) + (IMAGE if image else "")
+    """Prompt of a routing step; `history`: pairs (sub-question, answer) so far, `image`: whether there is a picture."""
+    return _known(question, history) + (IMAGE if image else "")
 
 
 def answer_problem(sub_question, evidence, image):
-    """Prompt of an answering step. `evidence`: base name -> its K passages, best first; passages are kept as they are, newlines included."""
+    """Prompt of an answering step; `evidence`: base name -> its passages, best first, which stay as they are."""
     lines = "".join(f"{PREFIX[base]}-{i}: {text}\n" for base in BASES for i, text in enumerate(evidence.get(base, ())))
     ask = f"\n\n Give me the answer(with the format <answer></answer>) to the Question: {sub_question}"
     return EVIDENCE_HEADER + lines + ask + (IMAGE if image else "")
@@ -93,43 +95,47 @@ def answer_problem(sub_question, evidence, image):
 
 def final_problem(question, history, image):
     """Prompt of the final step, arguments as of `route_problem`."""
-    return f"{_history(question, history)}Now, give me the final answer of the origin question: {question}" + (IMAGE if image else "")
+    ask = f"Now, give me the final answer of the origin question: {question}"
+    return _known(question, history) + ask + (IMAGE if image else "")
 
 
 def conversation(system, problem, image=None):
-    """A problem as the chat that the processor takes; where there is an `image` (path or PIL.Image), it takes the place of the marker at the end."""
+    """A problem as the chat that the processor takes; an `image` (path or PIL) replaces the marker at the end."""
     if image is not None:
         problem = [{"type": "text", "text": problem.removesuffix(IMAGE)}, {"type": "image", "image": image}]
     return [{"role": "system", "content": system}, {"role": "user", "content": problem}]
 
 
 def render_route(thought, query, route):
-    """The routing step that `parse_step` reads back, as supervised targets have it."""
+    """A routing step as supervised targets have it; `parse_step` reads it back."""
     return f"<think> {thought}</think><sub-question> {query}</sub-question><ret> {route}</ret>"
 
 
 def render_answer(thought, answer):
-    """The answering step that `parse_step` reads back, as supervised targets have it."""
+    """An answering step as supervised targets have it; `parse_step` reads it back."""
     return f"<think> {thought}</think><answer> {answer}</answer>"
 
 
 @dataclass(frozen=True)
 class RouteStep:
+    """What to ask where; `query` and `route` are both "None" where nothing more is needed."""
     thought: str
-    query: str   # the sub-question, or "None"
+    query: str
     route: str   # a value of ROUTES, or "None"
 
 
 @dataclass(frozen=True)
 class AnswerStep:
+    """An intermediate or the final answer."""
     thought: str
     answer: str
 
 
 @dataclass(frozen=True)
 class StepError:
-    reason: str  # what is wrong, in a few words
-    text: str    # the whole output
+    """A model output that is no step: what is wrong in a few words, and the whole output."""
+    reason: str
+    text: str
 
 
 _TAG = re.compile(r"</?(?:think|sub-question|ret|answer)>", re.IGNORECASE)
@@ -140,8 +146,9 @@ _ANSWER_TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 def parse_step(text):
     """Reads one model output: RouteStep, AnswerStep, or StepError with the reason. Never raises.
 
-    Strict, because a reward pays for form: each tag of one kind of step exactly once and in order, only blanks outside, a known retriever, nothing
-    empty but the thought. Case of tags and retrievers does not matter. `None` as sub-question or as retriever means `None` in both.
+    Strict, because a reward pays for form: each tag of one kind of step exactly once and in order, only blanks outside,
+    a known retriever, nothing empty but the thought. The case of tags and retrievers does not matter. `None` as
+    sub-question or as retriever means `None` in both.
     """
     tags = [tag.lower() for tag in _TAG.findall(text)]
     wanted = _ROUTE_TAGS if set(tags) - set(_ANSWER_TAGS) else _ANSWER_TAGS
@@ -163,7 +170,7 @@ def parse_step(text):
 
 
 def _tag_fault(tags, wanted):
-    """Names the first thing by which the tags of an output differ from the `wanted` ones."""
+    """The first thing by which the tags of an output differ from the `wanted` ones."""
     if not tags:
         return "no tags"
     for tag in tags:
@@ -175,14 +182,15 @@ def _tag_fault(tags, wanted):
     return f"no {missing[0]}" if missing else "tags out of order"
 
 
-# ------------------------------------------------------------------------------------------------ 2 the published metric
+# ------------------------------------------------------------------------------------------- 2 the published metric
 
-_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+_SIGNS = ';/[]"{}()=+\\_-><@`,?!'
+_NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+_NUMBERS["none"] = "0"
 
 
 def _contractions():
-    """The VQA evaluation's list, as a rule: a listed contraction that has lost exactly one of its apostrophes gets it back."""
+    """The VQA evaluation's list as a rule: a contraction that lost exactly one of its apostrophes gets it back."""
     stems = {
         "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
         "'ve": "could might must not should they we what where who would you",
@@ -200,12 +208,16 @@ def _contractions():
 
 
 _CONTRACTIONS = _contractions()
-_TREEBANK = [(re.compile(pattern), replacement) for pattern, replacement in (  # only the rules that can still meet a normalised text
-    (r"([«“‘„])", r" \1 "), (r" ''", r" `` "), (r"(?<!\w)(')(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)", r"\1 "),            # opening quotes
-    (r"([^.])(\.)(['»”’ ]*)$", r"\1 \2 \3 "), (r"(:)(\D)", r" \1 \2"), (r"(:)$", r" \1 "), (r"\.{2,}", r" \g<0> "),  # periods, colons
-    (r"[#$%&\u2012-\u2015]", r" \g<0> "), (r"([^'])' ", r"\1 ' "), (r"\*", " * "), (r"^|$", " "), (r"([»”’])", r" \1 "),  # signs, closing quotes
-    (r"''", r" '' "), (r"\s+", " "), (r"([^' ])('s|'m|'d|') ", r"\1 \2 "), (r"([^' ])('ll|'re|'ve|n't) ", r"\1 \2 "),  # clitics
-    *((rf"\b({a})({b})\b", r" \1 \2 ") for a, b in map(str.split, ("can not", "d 'ye", "gim me", "gon na", "got ta", "lem me", "more 'n"))),
+_SPLIT_WORDS = ("can not", "d 'ye", "gim me", "gon na", "got ta", "lem me", "more 'n")
+_TREEBANK = [(re.compile(pattern), replacement) for pattern, replacement in (  # rules that normalised text can meet
+    (r"([«“‘„])", r" \1 "), (r" ''", " `` "),                                  # opening quotes
+    (r"(?<!\w)(')(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)", r"\1 "),
+    (r"([^.])(\.)(['»”’ ]*)$", r"\1 \2 \3 "), (r"\.{2,}", r" \g<0> "),         # periods
+    (r"(:)(\D)", r" \1 \2"), (r"(:)$", r" \1 "),
+    (r"[#$%&\u2012-\u2015]", r" \g<0> "), (r"([^'])' ", r"\1 ' "), (r"\*", " * "),
+    (r"^|$", " "), (r"([»”’])", r" \1 "), (r"''", " '' "), (r"\s+", " "),      # closing quotes
+    (r"([^' ])('s|'m|'d|') ", r"\1 \2 "), (r"([^' ])('ll|'re|'ve|n't) ", r"\1 \2 "),
+    *((rf"\b({first})({second})\b", r" \1 \2 ") for first, second in map(str.split, _SPLIT_WORDS)),
     (r"\b(wan)(na)(?=\s)", r" \1 \2 "), (r" ('t)(is)\b", r" \1 \2 "), (r" ('t)(was)\b", r" \1 \2 "))]
 
 
@@ -214,10 +226,10 @@ def metric_tokens(text):
     text = text.replace("\n", " ").replace("\t", " ").strip()
     has_comma_number = re.search(r"\d,\d", text)
     kept = text
-    for sign in _PUNCTUATION:
+    for sign in _SIGNS:
         beside_space = sign + " " in text or " " + sign in text
         kept = kept.replace(sign, "" if beside_space or has_comma_number else " ")
-    kept = re.sub(r"\.(?!\d)", "", kept, count=32)  # 32 is a slip in the published code (a flag passed as the count) that scores depend on
+    kept = re.sub(r"\.(?!\d)", "", kept, count=32)  # 32: a flag that the published code passes as the count
     words = [_NUMBERS.get(word, word) for word in kept.lower().split()]
     text = " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ("an", "the"))
     for pattern, replacement in _TREEBANK:
@@ -225,19 +237,38 @@ def metric_tokens(text):
     return [token for token in text.split() if token not in ",.?!:;'\""]
 
 
-def _range_golds(low, high):
-    """The numbers that the published code accepts for an infoseek range, as text: an even grid whose step depends on the width, and the integers."""
+def _in_range(token, low, high):
+    """Whether a token is among the numbers that the published code expands an infoseek range to.
+
+    These are a grid from `low` up, whose step depends on the width, and the integers: up to 26,000, so they are not
+    listed here. The normalisation takes the sign off a number, hence both signs are tried.
+    """
+    if not re.fullmatch(r"\d+(\.\d+)?", token):
+        return False
     width = high - low
     step = 1 if width >= 50 else 0.1 if width >= 5 else 0.01 if width >= 1 else 0.001
-    grid = {str(round(low + i * step, 3)) for i in range(int(width / step) + 1)}
-    return grid | {str(i) for i in range(int(low), int(high) + 1)}
+    for value in (float(token), -float(token)):
+        i = round((value - low) / step)
+        on_grid = 0 <= i <= int(width / step) and str(round(low + i * step, 3)).lstrip("-") == token
+        if on_grid or int(low) <= value <= int(high) and str(int(value)).lstrip("-") == token:
+            return True
+    return False
+
+
+def _gold_tokens(golds, predicted):
+    """Tokens of each gold; of a range, those predicted tokens that it accepts."""
+    for gold in [golds] if isinstance(golds, (str, dict)) else golds:
+        if isinstance(gold, dict):
+            yield from ([token] for token in predicted if _in_range(token, *map(float, gold["range"])))
+        else:
+            yield metric_tokens(str(gold))
 
 
 def answer_scores(prediction, golds):
-    """The published metric: (precision, recall, f1) against the gold with the best F1; the reported F1-Recall is the mean of `recall`.
+    """The published metric: (precision, recall, f1) against the gold of best F1; F1-Recall is the mean of `recall`.
 
-    `golds`: a string, or a list of strings and of infoseek's `{"range": [low, high]}`. Recall rewards dumping ("yes no" is right on every yes/no
-    question), so read it beside `exact_match`.
+    `golds`: a string, or a list of strings and of infoseek's `{"range": [low, high]}`. Recall rewards dumping ("yes
+    no" is right on every yes/no question): read it beside `exact_match`.
     """
     predicted = Counter(metric_tokens(prediction))
     best = (0.0, 0.0, 0.0)
@@ -245,21 +276,827 @@ def answer_scores(prediction, golds):
         shared = sum((predicted & Counter(gold)).values())
         if shared:
             precision, recall = shared / predicted.total(), shared / len(gold)
-            best = max(best, (precision, recall, 2 * precision * recall / (precision + recall)), key=lambda scores: scores[2])
+            f1 = 2 * precision * recall / (precision + recall)
+            best = max(best, (precision, recall, f1), key=lambda scores: scores[2])
     return best
 
 
 def exact_match(prediction, golds):
-    """1.0 where the prediction's tokens are those of a gold, in order, after the published normalisation; else 0.0."""
+    """1.0 where the prediction's tokens are those of a gold, in order, after the published normalisation, else 0.0."""
     predicted = metric_tokens(prediction)
     return float(bool(predicted) and predicted in list(_gold_tokens(golds, predicted)))
 
 
-def _gold_tokens(golds, predicted):
-    """Tokens of each gold; of a range, which may accept 26,000 numbers, only those that the prediction holds, since no other can score."""
-    for gold in [golds] if isinstance(golds, (str, dict)) else golds:
-        if isinstance(gold, dict):
-            accepted = _range_golds(*map(float, gold["range"]))
-            yield from ([token] for token in predicted if token in accepted)
-        else:
-            yield metric_tokens(str(gold))
+# ------------------------------------------------------------------------------------------------- 3 methods and Router
+
+@dataclass(frozen=True)
+class Ask:
+    """What a method wants of the model: one step. It gets a Step back."""
+    kind: str                                      # "route", "answer" or "final"
+    problem: str
+    prompt: str                                    # key of the system prompt
+    query: str                                     # the question that the step is about
+    evidence: dict = field(default_factory=dict)   # base -> hits that the problem quotes
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a method wants of the knowledge bases. It gets {base: tuple of Hit} back."""
+    query: str
+    bases: tuple
+    k: int
+
+
+# A method is a generator for one question, written as if that question were alone: it yields what it needs next and
+# gets the reply. The Router runs many at once and batches what they ask for. The last step holds the final answer.
+
+def routed(row, options):
+    """The paper's loop: sub-question and route, evidence, intermediate answer, until None or `max_steps`."""
+    question, image, history = row["question"], row.get("image") is not None, []
+    for _ in range(options.max_steps):
+        step = yield Ask("route", route_problem(question, history, image), "route", question)
+        if step.route in (None, NONE):  # malformed, or nothing more is needed
+            break
+        read = yield from looked_up(step.parsed.query, (BASE_OF[step.route.lower()],), options.k, image)
+        history.append((step.parsed.query, read.answer))
+    yield Ask("final", final_problem(question, history, image), "final", question)
+
+
+def given_route(row, options):
+    """The ceiling: gold sub-questions and routes; search and answers are live."""
+    if "hops" not in row:
+        raise ValueError(f"{row['question'][:60]!r} has no gold hops: method oracle needs them in the question file")
+    question, image, history = row["question"], row.get("image") is not None, []
+    for hop in row["hops"]:
+        read = yield from looked_up(hop["query"], (BASE_OF[hop["retriever"].strip().lower()],), options.k, image)
+        history.append((hop["query"], read.answer))
+    yield Ask("final", final_problem(question, history, image), "final", question)
+
+
+def looked_up(query, bases, k, image):
+    """One search of the bases and one answer from what they return: the reply is the answering step."""
+    evidence = yield Search(query, bases, k)
+    passages = {base: [hit.text for hit in hits] for base, hits in evidence.items()}
+    return (yield Ask("answer", answer_problem(query, passages, image), "answer", query, evidence))
+
+
+def read_once(bases, row, options):
+    """The question itself goes once to each of the bases."""
+    k = options.k if len(bases) == 1 else options.static_k
+    yield from looked_up(row["question"], bases, k, row.get("image") is not None)
+
+
+def without_search(prompt, row, options):
+    """The model alone."""
+    problem = final_problem(row["question"], [], row.get("image") is not None)
+    yield Ask("final", problem, prompt, row["question"])
+
+
+METHODS = {  # name -> (generator, bases that it needs)
+    "router": (routed, BASES), "oracle": (given_route, BASES),
+    "direct": (partial(without_search, "final"), ()), "cot": (partial(without_search, "cot"), ()),
+    "static": (partial(read_once, BASES), BASES), **{base: (partial(read_once, (base,)), (base,)) for base in BASES}}
+
+
+@dataclass(frozen=True)
+class RouterOptions:
+    """How questions are answered."""
+    method: str = "router"      # a key of METHODS
+    k: int = 2                  # passages of the base that a sub-question is routed to
+    static_k: int = 1           # passages of each base where all are asked at once
+    max_steps: int = 4          # sub-questions at most
+    max_new_tokens: int = 96    # of a step
+    temperature: float = 0.0    # 0 is greedy
+    top_k: int = 0              # 0: no limit
+    top_p: float = 1.0          # 1: no limit
+    samples: int = 1            # candidates of a step, all from the same history
+    follow: object = None       # (candidates, random.Random) -> index of the one to go on with; the first by default
+    retries: int = 0            # times that a malformed step is asked again
+    batch_size: int = 64        # prompts of a model call; four times as many questions are open at once
+    prompts: dict | None = None # system prompts that replace those of PROMPTS
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}: give one of {', '.join(METHODS)}")
+        for name in ("k", "static_k", "max_steps", "max_new_tokens", "samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
+        if self.temperature == 0 and (self.samples > 1 or self.retries):
+            raise ValueError("temperature 0 gives the same output each time: raise it, or keep samples 1, retries 0")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One sampled output of a step."""
+    text: str
+    token_ids: tuple   # L ids, the end of turn included
+    logps: tuple       # their L log-probabilities when they were sampled
+    parsed: RouteStep | AnswerStep | StepError
+
+
+@dataclass(frozen=True)
+class Step:
+    """One prompt and what came of it."""
+    kind: str            # "route", "answer" or "final"
+    query: str           # the question that it is about
+    conversation: list
+    prompt_ids: tuple    # T ids, those of pictures included
+    candidates: tuple    # G of them; none where the prompt was too long to be asked
+    followed: int        # index of the candidate that the trajectory went on with
+    evidence: dict       # base -> hits that the prompt quotes
+
+    @property
+    def parsed(self):
+        return self.candidates[self.followed].parsed if self.candidates else StepError("prompt too long", "")
+
+    @property
+    def route(self):
+        """The route, "None" included; None where the step is malformed or not a routing step."""
+        return self.parsed.route if isinstance(self.parsed, RouteStep) else None
+
+    @property
+    def answer(self):
+        """The answer; "" where the step is malformed or not an answering step."""
+        return self.parsed.answer if isinstance(self.parsed, AnswerStep) else ""
+
+
+COSTS = ("retrievals", "model_calls", "prompt_tokens", "generated_tokens", "malformed", "too_long",
+         "seconds_model", "seconds_search")
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """All that happened to a question. Time in a batch is shared equally among its rows."""
+    row: dict                # of the question file
+    method: str
+    steps: tuple
+    answer: str              # "" where the final step is malformed
+    retrievals: int          # bases searched
+    model_calls: int
+    prompt_tokens: int
+    generated_tokens: int    # of all candidates
+    malformed: int           # steps whose followed candidate was no step, those asked again included
+    too_long: int            # prompts not asked for want of room
+    seconds_model: float
+    seconds_search: float
+
+
+@dataclass
+class _Open:
+    """A question on its way: its generator, what that waits for, and what has been counted."""
+    place: int
+    row: dict
+    talk: object
+    request: Ask | Search | None = None
+    retried: int = 0
+    steps: list = field(default_factory=list)
+    cost: Counter = field(default_factory=Counter)
+
+    def go_on(self, reply):
+        """Hands the method its reply and keeps its next request; None when it has finished."""
+        try:
+            self.request, self.retried = self.talk.send(reply), 0
+        except StopIteration:
+            self.request = None
+
+
+class Router:
+    """Answers questions with a model, its processor and {"text", "image", "table"} -> KnowledgeBase."""
+
+    def __init__(self, vlm, processor, bases, **options):
+        self.vlm, self.processor, self.bases, self.options = vlm, processor, bases, RouterOptions(**options)
+        self.prompts = PROMPTS | (self.options.prompts or {})
+        self.method, needed = METHODS[self.options.method]
+        missing = [base for base in needed if base not in bases]
+        if missing:
+            raise ValueError(f"method {self.options.method} needs the knowledge base {missing[0]!r}: "
+                             f"give --kb {missing[0]}=DIR")
+        self.room = vlm.config.max_positions - self.options.max_new_tokens
+        if self.room < 1:
+            raise ValueError(f"max_new_tokens {self.options.max_new_tokens} leaves no room for a prompt: "
+                             f"the model has {vlm.config.max_positions} positions")
+
+    def run(self, questions, on_done=None):
+        """Answers question rows ({"question", optionally "image": path or PIL}); Trajectories in the same order.
+
+        All open questions advance together: a tick is one search of each base, then the model calls in batches of
+        prompts of similar length. `on_done(trajectory)` is called as each question finishes.
+        """
+        rng = random.Random(self.options.seed)
+        generator = torch.Generator(next(self.vlm.parameters()).device).manual_seed(self.options.seed)
+        waiting, open_, finished = deque(enumerate(questions)), [], {}
+        while waiting or open_:
+            while waiting and len(open_) < 4 * self.options.batch_size:
+                open_.append(self._open(*waiting.popleft()))
+            self._search([q for q in open_ if isinstance(q.request, Search)])
+            asking = sorted((q for q in open_ if isinstance(q.request, Ask)), key=lambda q: len(q.request.problem))
+            for start in range(0, len(asking), self.options.batch_size):
+                self._ask(asking[start:start + self.options.batch_size], rng, generator)
+            for q in [q for q in open_ if q.request is None]:
+                finished[q.place] = self._trajectory(q)
+                if on_done:
+                    on_done(finished[q.place])
+            open_ = [q for q in open_ if q.request is not None]
+        return [finished[place] for place in sorted(finished)]
+
+    def _open(self, place, row):
+        if not isinstance(row.get("question"), str) or not row["question"].strip():
+            raise ValueError(f"question {place + 1} is empty: give it some words")
+        q = _Open(place, row, self.method(row, self.options))
+        q.go_on(None)
+        return q
+
+    def _trajectory(self, q):
+        return Trajectory(q.row, self.options.method, tuple(q.steps), q.steps[-1].answer,
+                          **{name: q.cost[name] for name in COSTS})
+
+    def _search(self, questions):
+        """One search of each base for all that ask it; pictures go along to the base of pictures."""
+        found = {q.place: {} for q in questions}
+        for base in BASES:
+            asking = [q for q in questions if base in q.request.bases]
+            if not asking:
+                continue
+            start = time.perf_counter()
+            k = asking[0].request.k  # the same for all: a method has one k
+            hits = self.bases[base].search([_base_query(q, base) for q in asking], k)
+            seconds = (time.perf_counter() - start) / len(asking)
+            for q, some in zip(asking, hits):
+                found[q.place][base] = tuple(some)
+                q.cost["retrievals"] += 1
+                q.cost["seconds_search"] += seconds
+        for q in questions:
+            q.go_on(found[q.place])
+
+    def _ask(self, questions, rng, generator):
+        """One model call for a batch of questions; each gets its Step and goes on, or is asked again."""
+        start = time.perf_counter()
+        talks = [conversation(self.prompts[q.request.prompt], q.request.problem, q.row.get("image")) for q in questions]
+        outputs = self._sample(talks, generator)
+        seconds = (time.perf_counter() - start) / len(questions)
+        for q, talk, (prompt_ids, candidates) in zip(questions, talks, outputs):
+            candidates = tuple(_expected(q.request.kind, candidate) for candidate in candidates)
+            followed = self.options.follow(candidates, rng) if self.options.follow and candidates else 0
+            step = Step(q.request.kind, q.request.query, talk, prompt_ids, candidates, followed, q.request.evidence)
+            q.cost["seconds_model"] += seconds
+            q.cost["too_long"] += not candidates
+            q.cost["model_calls"] += bool(candidates)
+            q.cost["prompt_tokens"] += len(prompt_ids) if candidates else 0
+            q.cost["generated_tokens"] += sum(len(candidate.token_ids) for candidate in candidates)
+            malformed = bool(candidates) and isinstance(step.parsed, StepError)
+            q.cost["malformed"] += malformed
+            if malformed and q.retried < self.options.retries:
+                q.retried += 1  # the request stays, so the next tick asks again
+            else:
+                q.steps.append(step)
+                q.go_on(step)
+
+    def _sample(self, talks, generator):
+        """Samples G outputs for N conversations: a list of (prompt ids, candidates), () where there is no room."""
+        batch = self.processor(talks)
+        mask = batch["attention_mask"]                                                   # (N, T), padded on the left
+        prompt_ids = [tuple(ids[keep].tolist()) for ids, keep in zip(batch["input_ids"], mask)]
+        fits = [len(ids) <= self.room for ids in prompt_ids]
+        if not all(fits):
+            short = [talk for talk, fit in zip(talks, fits) if fit]
+            rest = iter(self._sample(short, generator) if short else ())
+            return [next(rest) if fit else (ids, ()) for ids, fit in zip(prompt_ids, fits)]
+        o = self.options
+        batch = {name: tensor.to(generator.device) for name, tensor in batch.items() if tensor is not None}
+        samples = self.vlm.generate(**batch, n=o.samples, max_new_tokens=o.max_new_tokens, temperature=o.temperature,
+                                    top_k=o.top_k, top_p=o.top_p, eos_ids=self.processor.eos_ids, generator=generator)
+        candidates = []  # N * G, those of a prompt together
+        for tokens, keep, logps in zip(samples.tokens.cpu(), samples.mask.cpu(), samples.logps.cpu()):  # (L,) each
+            ids = tuple(tokens[keep].tolist())
+            text = self.processor.decode(ids)
+            candidates.append(Candidate(text, ids, tuple(logps[keep].tolist()), parse_step(text)))
+        return [(ids, tuple(candidates[i * o.samples:(i + 1) * o.samples])) for i, ids in enumerate(prompt_ids)]
+
+
+def _base_query(q, base):
+    image = q.row.get("image")
+    return {"text": q.request.query, "image": image} if base == "image" and image is not None else q.request.query
+
+
+def _expected(kind, candidate):
+    """The candidate; a step of the other kind than was asked for counts as malformed."""
+    wanted, other = (RouteStep, AnswerStep) if kind == "route" else (AnswerStep, RouteStep)
+    if isinstance(candidate.parsed, other):
+        fault = StepError(f"{other.__name__} where {wanted.__name__} was asked for", candidate.text)
+        return replace(candidate, parsed=fault)
+    return candidate
+
+
+# ------------------------------------------------------------------------------------------------------------ 4 results
+
+def result_row(trajectory):
+    """A Trajectory as a published result row: the question row, `plan_1`, `plan_2`, ..., `llm_answer`; and its costs.
+
+    A plan is {thought, query, retriever: [names], ter|tir|tar: [passages], answer: {thought, answer}}; a malformed step
+    has `fault` and `text` in place of its thought.
+    """
+    plans, said = [], {}
+    for step in trajectory.steps:
+        fault = isinstance(step.parsed, StepError)
+        said = {"fault": step.parsed.reason, "text": step.parsed.text} if fault else {"thought": step.parsed.thought}
+        if step.kind == "route":
+            query, route = (NONE, NONE) if fault else (step.parsed.query, step.route)
+            plans.append(said | {"query": query, "retriever": [route]})
+            continue
+        said["answer"] = step.answer
+        if step.kind == "answer":
+            if not plans or "answer" in plans[-1]:  # methods without routing steps
+                plans.append({"query": step.query, "retriever": [ROUTES[base] for base in step.evidence]})
+            plans[-1] |= {PREFIX[base]: [hit.text for hit in hits] for base, hits in step.evidence.items()}
+            if step is not trajectory.steps[-1]:
+                plans[-1]["answer"] = said
+    row = {**trajectory.row, "method": trajectory.method, **{f"plan_{i}": plan for i, plan in enumerate(plans, 1)}}
+    return row | {"llm_answer": said, "cost": {name: round(getattr(trajectory, name), 6) for name in COSTS}}
+
+
+def plans_of(row):
+    """The plans of a result row in order."""
+    names = (f"plan_{i}" for i in range(1, len(row) + 1))
+    return [row[name] for name in names if name in row]
+
+
+def golds_of(row):
+    """Accepted answers of a question row: strings and ranges; infoseek's `answer_eval` goes before `answer`."""
+    golds = row.get("answer_eval", row.get("answer"))
+    golds = golds if isinstance(golds, list) else [golds]
+    for gold in golds:
+        ends = gold.get("range") if isinstance(gold, dict) else None
+        is_range = isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, (int, float)) for end in ends)
+        if not is_range and not isinstance(gold, (str, int, float)):
+            raise ValueError(f"gold answer {gold!r}: expected 'answer' or 'answer_eval' with a string, a list of "
+                             "strings, or {'range': [low, high]}")
+    return golds
+
+
+def predicted(row):
+    """The answer in a result row of ours or of others: `llm_answer` is a string or {thought, answer}."""
+    answer = row.get("llm_answer", ...)
+    answer = answer.get("answer") if isinstance(answer, dict) else answer
+    if not isinstance(answer, (str, int, float, type(None))):
+        raise ValueError("no llm_answer: expected a string or {'thought', 'answer'}")
+    return "" if answer is None else str(answer)
+
+
+def gold_routes(row):
+    """Routes of a row's gold hops with None at the end; None where the row has no hops."""
+    if row.get("hops") is None:
+        return None
+    try:
+        return [ROUTES[BASE_OF[hop["retriever"].strip().lower()]] for hop in row["hops"]] + [NONE]
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"hops {row['hops']!r}: expected a list of {{'query', 'retriever', 'answer'}} with a "
+                         f"retriever of {', '.join(BASE_OF)}") from None
+
+
+def score_row(row):
+    """Scores and costs of one result row by the names of `evaluate`; None where the row cannot tell."""
+    golds, routes, cost = golds_of(row), gold_routes(row), row.get("cost", {})  # rows of others have no cost
+    _, recall, f1 = answer_scores(predicted(row), golds)
+    accuracy = None
+    if routes and row.get("method") == "router":
+        chosen = [plan["retriever"][0] for plan in plans_of(row) if "fault" not in plan]
+        accuracy = sum(map(str.__eq__, chosen, routes)) / max(len(chosen), len(routes))
+    tokens = cost["prompt_tokens"] + cost["generated_tokens"] if cost else None
+    seconds = cost["seconds_model"] + cost["seconds_search"] if cost else None
+    return {"f1_recall": recall, "em": exact_match(predicted(row), golds), "f1": f1, "route_accuracy": accuracy,
+            "malformed": cost.get("malformed"), "retrievals": cost.get("retrievals"),
+            "gold_retrievals": len(routes) - 1 if routes else None, "model_calls": cost.get("model_calls"),
+            "tokens": tokens, "seconds": seconds, "too_long": cost.get("too_long")}
+
+
+def evaluate(trajectories):
+    """Means over Trajectories or result rows: scores from 0 to 1, costs a question, None where no row can tell.
+
+    `route_accuracy`: chosen against gold routes, both ending in None, place by place over the longer of the two.
+    `malformed` and `too_long` steps, `retrievals`, `model_calls`, `tokens` read and written, `seconds`: all a question.
+    """
+    rows = [row if isinstance(row, dict) else result_row(row) for row in trajectories]
+    scores = [score_row(row) for row in rows]
+
+    def mean(values):
+        known = [value for value in values if value is not None]
+        return round(sum(known) / len(known), 4) if known else None
+
+    def by(key):
+        groups = {}
+        for row, score in zip(rows, scores):
+            if key(row) is not None:
+                groups.setdefault(key(row), []).append(score["f1_recall"])
+        return {str(name): mean(groups[name]) for name in sorted(groups, key=str)}
+
+    names = list(scores[0]) if scores else []
+    return {"method": rows[0].get("method", "given") if rows else None, "n": len(rows),
+            **{name: mean(score[name] for score in scores) for name in names},
+            "by_kind": by(lambda row: row.get("kind")),
+            "by_hops": by(lambda row: None if row.get("hops") is None else len(row["hops"]))}
+
+
+# -------------------------------------------------------------------------------------------------------------- 5 files
+
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".JPEG", ".webp")
+WORLD_ENCODERS = {"text": "lexical", "image": "pixel", "table": "lexical"}
+
+
+def read_rows(path, check, limit=None):
+    """JSONL, or its first `limit` lines -> (what `check(row, number)` returns, faults); a bad row becomes a fault."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")[:limit]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}): give a JSONL file") from None
+    rows, faults = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"expected an object, found {type(row).__name__}")
+            rows.append(check(row, number))
+        except json.JSONDecodeError as error:
+            faults.append(f"{path}:{number}: not JSON ({error.msg}): expected one object a line")
+        except ValueError as error:
+            faults.append(f"{path}:{number}: {error}")
+    if not rows:
+        raise ValueError(faults[0] if faults else f"{path}: no rows")
+    return rows, faults
+
+
+def load_questions(path, images=None, limit=None):
+    """Question rows of any of the published sets or of a world -> (rows, faults).
+
+    `image` becomes a path that opens, found in the folder `images` (by image_id) or beside the file, or None; `line`
+    is added.
+    """
+    def check(row, number):
+        if not isinstance(row.get("question"), str) or not row["question"].strip():
+            raise ValueError("empty question: give it some words")
+        golds_of(row), gold_routes(row)
+        return {**row, "image": picture_of(row, Path(path).parent, images), "line": number}
+    return read_rows(path, check, limit)
+
+
+def picture_of(row, folder, images):
+    """The path of a question's picture as text, or None; ValueError where it is missing or is no picture."""
+    if row.get("image") is not None:
+        path = Path(images or folder) / str(row["image"])
+    elif row.get("image_id") is None:
+        return None
+    elif images is None:
+        raise ValueError(f"image_id is {row['image_id']}: name the folder of the pictures with --images DIR")
+    else:
+        named = [Path(images) / f"{row['image_id']}{ending}" for ending in PICTURE_ENDINGS]
+        path = next((path for path in named if path.is_file()), named[0])
+    open_image(path)
+    return str(path)
+
+
+def load_prompts(path):
+    """System prompts {"route", "answer", "final"} of a prompts.json or of a published step file (.jsonl)."""
+    if Path(path).suffix == ".jsonl":
+        prompts = {}
+        for row in read_rows(path, lambda row, number: row)[0]:
+            for kind, step in zip(step_kinds(row["steps"]), row["steps"]):
+                prompts.setdefault(kind, step.get("system"))
+    else:
+        try:
+            prompts = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: cannot be read ({error}): give a prompts.json or a .jsonl of steps") from None
+    if not isinstance(prompts, dict) or not all(k in PROMPTS and isinstance(v, str) for k, v in prompts.items()):
+        raise ValueError(f"{path}: expected system prompts as strings under the names {', '.join(PROMPTS)}")
+    return prompts
+
+
+def step_kinds(steps):
+    """Kinds of the steps of a published trajectory: "route" for ret, "answer" for ans, "final" for the last one."""
+    kinds = ["route" if step["step_type"] == "ret" else "answer" for step in steps]
+    return kinds[:-1] + ["final"]
+
+
+def load_bases(named):
+    """["text=DIR", ...] -> {"text": KnowledgeBase, ...}."""
+    bases = {}
+    for item in named:
+        name, _, folder = item.partition("=")
+        if name not in BASES or not folder:
+            raise ValueError(f"--kb {item}: expected NAME=DIR with a name of {', '.join(BASES)}")
+        bases[name] = KnowledgeBase.load(folder)
+    return bases
+
+
+def world_bases(folder, names=BASES):
+    """The bases of a world, built on first use, or when a corpus is newer than its base, and kept in its folder kb."""
+    bases = {}
+    for name in names:
+        corpus, home = Path(folder) / f"{name}.jsonl", Path(folder) / "kb" / name
+        if not corpus.is_file():
+            raise ValueError(f"{corpus}: no such file: --world takes a folder that world.py has written")
+        manifest = home / "manifest.json"
+        if not manifest.is_file() or manifest.stat().st_mtime < corpus.stat().st_mtime:
+            KnowledgeBase.build(read_docs(corpus), WORLD_ENCODERS[name]).save(home)
+        bases[name] = KnowledgeBase.load(home)
+    return bases
+
+
+def demo_world():
+    """The folder of the embedded world, written by world.py on first use."""
+    folder = HERE / "data" / "demo"
+    if not (folder / "questions.jsonl").is_file():
+        print(f"writing the embedded world to {folder} ...", file=sys.stderr)
+        command = [sys.executable, str(HERE / "world.py"), "--split", "test", "--seed", "1000", "--questions", "200"]
+        if subprocess.run([*command, "--out", str(folder)], stdout=sys.stderr).returncode:
+            raise ValueError(f"world.py could not write {folder}: see its message above")
+    return folder
+
+
+def earlier_rows(path, run):
+    """Rows that an interrupted run with the same settings left in its --out file; a torn last line is cut off."""
+    data = Path(path).read_bytes() if Path(path).exists() else b""
+    whole = data[:data.rfind(b"\n") + 1]
+    try:
+        rows = [json.loads(line) for line in whole.splitlines()]
+        ours = all(row["run"] == run for row in rows) and bool(rows) == bool(data)
+    except (ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise ValueError(f"{path}: holds other rows than this run's (settings, weights, questions): name another --out")
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------- 6 what people see
+
+COLUMNS = (("F1-Recall", "f1_recall", ".3f"), ("exact", "em", ".3f"), ("F1", "f1", ".3f"),
+           ("routing", "route_accuracy", ".3f"), ("retrievals", "retrievals", ".2f"),
+           ("gold", "gold_retrievals", ".2f"), ("malformed", "malformed", ".3f"), ("calls", "model_calls", ".2f"),
+           ("tokens", "tokens", ".0f"), ("seconds", "seconds", ".3f"))
+
+
+def print_table(rows):
+    """Rows of equal length, the first one the heading; the first column left, the others right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]))
+    print()
+
+
+def print_results(results):
+    """Scores and costs a question with a line a method; then F1-Recall by kind and by hops with a column a method."""
+    def cell(value, form=".3f"):
+        return "-" if value is None else format(value, form)
+
+    print_table([["method", "n", *(title for title, _, _ in COLUMNS)]]
+                + [[r["method"], str(r["n"]), *(cell(r[name], form) for _, name, form in COLUMNS)] for r in results])
+    for title, name in (("F1-Recall by kind", "by_kind"), ("F1-Recall by hops", "by_hops")):
+        groups = sorted({group for r in results for group in r[name]})
+        if groups:
+            print_table([[title, *(r["method"] for r in results)]]
+                        + [[group, *(cell(r[name].get(group)) for r in results)] for group in groups])
+
+
+def has_colour():
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def thumbnail(path, size=20):
+    """A picture as `size` x `size` pixels of text: each character is two pixels, one above the other."""
+    small = open_image(path).resize((size, size))
+    for y in range(0, size, 2):
+        pairs = (small.getpixel((x, y)) + small.getpixel((x, y + 1)) for x in range(size))
+        yield "".join("\x1b[38;2;{};{};{};48;2;{};{};{}m▀".format(*pair) for pair in pairs) + "\x1b[0m"
+
+
+def print_line(name, text, code=""):
+    """One line of a trace; `code` is an ANSI colour."""
+    text = " ".join(str(text).split())
+    print(f"  {name:<10}" + (f"\x1b[{code}m{text}\x1b[0m" if code and has_colour() else text))
+
+
+def print_thought(said):
+    if "fault" in said:
+        print_line("malformed", f"{said['fault']}: {said['text'][:100]}", "31")
+    else:
+        print_line("think", said["thought"], "2")
+
+
+def print_trace(row):
+    """Shows one result row: question and picture, each step with its best evidence, the answer against the gold."""
+    print(f"{row['question']}   [{row.get('kind', 'question')}, {row['method']}]")
+    if row.get("image"):
+        print(*thumbnail(row["image"]), sep="\n") if has_colour() else print_line("picture", row["image"])
+    for plan in plans_of(row):
+        if "thought" in plan or "fault" in plan:
+            print_thought(plan)
+        asked = NONE if plan["retriever"] == [NONE] else f"{' + '.join(plan['retriever'])}: {plan['query']}"
+        print_line("ask", asked, "36")
+        for prefix in PREFIX.values():
+            if plan.get(prefix):
+                print_line("read", plan[prefix][0][:160], "2")
+        if "answer" in plan:
+            print_thought(plan["answer"])
+            print_line("found", plan["answer"]["answer"])
+    print_thought(row["llm_answer"])
+    print_line("answer", predicted(row) or "(none)", "1")
+    if row.get("answer") is not None:
+        right = answer_scores(predicted(row), golds_of(row))[1] == 1
+        print_line("gold", " | ".join(map(str, golds_of(row)[:5])))
+        print_line("", "right" if right else "wrong", "32" if right else "31")
+    print_line("time", f"{row['cost']['seconds_model']:.2f} s model, {row['cost']['seconds_search']:.3f} s search")
+    print()
+
+
+class Progress:
+    """Questions done and time left, a line on stderr every few seconds."""
+
+    def __init__(self, label, total):
+        self.label, self.total, self.done, self.start = label, total, 0, time.monotonic()
+        self.next = self.start + 5
+
+    def step(self):
+        self.done += 1
+        now = time.monotonic()
+        if now >= self.next:
+            left = (now - self.start) / self.done * (self.total - self.done)
+            print(f"{self.label}: {self.done} of {self.total} questions, {left:.0f} s left", file=sys.stderr)
+            self.next = now + 5
+
+
+# -------------------------------------------------------------------------------------------------- 7 command line
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong with the flags in one line."""
+
+    def error(self, message):
+        raise ValueError(f"{message}: see python infer.py --help")
+
+
+ROUTER_FLAGS = ("k", "max_steps", "max_new_tokens", "temperature", "seed", "batch_size")  # fields of RouterOptions
+
+
+def parse_flags(argv):
+    """The flags; those of the Router have its defaults."""
+    p = OneLineParser(prog="infer.py", description="Answer questions by routed retrieval, or evaluate methods on many.")
+    p.add_argument("--model", default=str(HERE / "weights" / "tiny"), help="model directory (default: weights/tiny)")
+    p.add_argument("--world", metavar="DIR", help="a folder of world.py: bases, questions (default: data/demo)")
+    p.add_argument("--kb", nargs="+", default=[], metavar="NAME=DIR", help="bases: text=DIR image=DIR table=DIR")
+    p.add_argument("--question", help="answer this question")
+    p.add_argument("--image", help="its picture")
+    p.add_argument("--eval", metavar="FILE", help="evaluate the questions of a JSONL file (default: the world's)")
+    p.add_argument("--images", metavar="DIR", help="folder of their pictures")
+    p.add_argument("--method", nargs="+", default=[], metavar="NAME", help=f"one or more of {', '.join(METHODS)}")
+    p.add_argument("--out", metavar="FILE", help="write result rows there; the same command again continues")
+    p.add_argument("--score", metavar="FILE", help="score the rows of an existing result file")
+    p.add_argument("--show", type=int, default=0, metavar="N", help="show the steps of N questions of different kinds")
+    p.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    for name in ROUTER_FLAGS:
+        default = getattr(RouterOptions, name)
+        flag = "-k" if name == "k" else "--" + name.replace("_", "-")
+        p.add_argument(flag, type=type(default), default=default, metavar="N", help=f"see RouterOptions ({default})")
+    p.add_argument("--prompts", metavar="FILE", help="system prompts: a prompts.json or a published step file (.jsonl)")
+    p.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    p.add_argument("--json", action="store_true", help="print JSON only")
+    return p.parse_args(argv)
+
+
+def answer_command(args):
+    """Answers one question, or evaluates methods on many; returns the rows that were left out."""
+    methods = args.method or ["router"]
+    options = {name: getattr(args, name) for name in ROUTER_FLAGS}
+    needed = {base for method in methods for base in METHODS[RouterOptions(method=method, **options).method][1]}
+    world = Path(args.world) if args.world else None if args.kb else demo_world()
+    many = any((args.eval, args.world, args.method, args.limit, args.out, args.show)) and args.question is None
+    questions, faults = many_questions(args, world) if many else ([one_question(args, world)], [])
+    device = usable_device(args.device)
+    trained_with = Path(args.model) / "prompts.json"
+    prompts = load_prompts(args.prompts or trained_with) if args.prompts or trained_with.is_file() else {}
+    bases = load_bases(args.kb) if args.kb else world_bases(world, [base for base in BASES if base in needed])
+    vlm = VLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=device)
+    processor = Processor.from_pretrained(args.model)
+    routers = [Router(vlm, processor, bases, method=method, prompts=prompts, **options) for method in methods]
+    if many:
+        shows = [args.show] + [0] * len(methods)  # the first method's steps are shown
+        results = [evaluate(answer_many(router, questions, args, show)) for router, show in zip(routers, shows)]
+        report([result | {"left_out": len(faults)} for result in results], args.json)
+    else:
+        for router in routers:
+            row = result_row(router.run(questions)[0])
+            print(json.dumps(row, ensure_ascii=False)) if args.json else print_trace(row)
+    return faults
+
+
+def usable_device(name):
+    """The torch device of that name; ValueError where this machine has none."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
+
+
+def one_question(args, world):
+    """The question of the flags, or one of the world's that have a picture and two hops, chosen by the seed."""
+    if args.question is not None:
+        if not args.question.strip():
+            raise ValueError("--question is empty: give it some words")
+        if args.image is not None:
+            open_image(args.image)
+        return {"question": args.question, "image": args.image}
+    if world is None:
+        raise ValueError("nothing to answer: give --question or --eval beside --kb")
+    rows, _ = load_questions(world / "questions.jsonl")
+    rows = [row for row in rows if row["image"] and len(row.get("hops", ())) == 2] or rows
+    return rows[args.seed % len(rows)]
+
+
+def many_questions(args, world):
+    """The questions of --eval or of the world, and the rows left out."""
+    if args.eval is None and world is None:
+        raise ValueError("nothing to evaluate: give --eval FILE beside --kb")
+    return load_questions(args.eval or world / "questions.jsonl", args.images, args.limit)
+
+
+def answer_many(router, questions, args, show):
+    """Result rows of all questions, written to --out as they come; those of an earlier run are taken from there.
+
+    The first `show` questions of different kinds are answered and shown before the others.
+    """
+    method, rows, run = router.options.method, {}, settings_mark(router, args)
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        rows = {row["line"]: row for row in earlier_rows(args.out, run) if row["method"] == method}
+    progress = Progress(method, sum(question["line"] not in rows for question in questions))
+    first = different_kinds(questions, show)
+    with open(args.out or os.devnull, "a", encoding="utf-8") as out:
+        def keep(trajectory):
+            row = result_row(trajectory) | {"run": run}
+            rows[row["line"]] = row
+            print(json.dumps(row, ensure_ascii=False), file=out, flush=True)
+            progress.step()
+
+        router.run([question for question in first if question["line"] not in rows], keep)
+        for question in first if not args.json else ():
+            print_trace(rows[question["line"]])
+        router.run([question for question in questions if question["line"] not in rows], keep)
+    return [rows[question["line"]] for question in questions]
+
+
+def different_kinds(questions, n):
+    """The first n questions, those that open a new kind before the others."""
+    kinds, new, others = set(), [], []
+    for question in questions:
+        (others if question.get("kind") in kinds else new).append(question)
+        kinds.add(question.get("kind"))
+    return (new + others)[:n]
+
+
+def settings_mark(router, args):
+    """A short mark of all that the answers depend on, so that rows of another run are not taken for this one's."""
+    o = router.options
+    weights = [[str(file), file.stat().st_mtime] for file in sorted(Path(args.model).glob("*.safetensors"))]
+    settings = [weights, args.eval, args.world, args.kb, args.images, args.dtype, router.prompts,
+                o.k, o.static_k, o.max_steps, o.max_new_tokens, o.temperature, o.seed]
+    return f"{zlib.crc32(json.dumps(settings).encode()):08x}"
+
+
+def score_command(args):
+    """Scores an existing result file, a line a method; returns the rows that were left out."""
+    rows, faults = read_rows(args.score, lambda row, number: row if score_row(row) else None)
+    methods = dict.fromkeys(row.get("method") for row in rows)
+    results = [evaluate([row for row in rows if row.get("method") == method]) for method in methods]
+    report([result | {"left_out": len(faults)} for result in results], args.json)
+    return faults
+
+
+def report(results, only_json):
+    """Tables, then a JSON object a method as the last lines."""
+    if not only_json:
+        print_results(results)
+    for result in results:
+        print(json.dumps(result, ensure_ascii=False))
+
+
+def main(argv=None):
+    """Runs a command. Exit code 2 after a user's mistake or where rows had to be left out, 130 after Ctrl-C."""
+    try:
+        args = parse_flags(argv)
+        faults = score_command(args) if args.score else answer_command(args)
+    except (ValueError, OSError) as error:
+        print(f"infer.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninfer.py: stopped; with --out, the same command continues", file=sys.stderr)
+        return 130
+    for fault in faults:
+        print(f"infer.py: left out: {fault}", file=sys.stderr)
+    return 2 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

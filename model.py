@@ -573,7 +573,7 @@ class VLM(nn.Module):
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         shards, size = [{}], 0
-        for name, p in self.named_parameters():
+        for name, p in ((n, p) for n, p in self.named_parameters() if "lora_" not in n):
             p = p.detach().to(dtype or p.dtype).cpu().contiguous()
             if size + p.nbytes > shard_bytes and shards[-1]:
                 shards.append({})

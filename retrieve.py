@@ -1,23 +1,30 @@
 """Knowledge bases: documents become vectors, vectors become an HNSW graph, a query becomes its nearest documents.
 
-    documents (JSONL) -> encoder.encode_docs -> (N, D) -> shards of index + documents -> folder on disk
-    query (words, picture or both) -> encoder.encode_queries -> (Q, D) -> search of every shard -> merge -> hits
+    corpus file -> reader -> documents {"id", "text", "title", "image"} -> encoder -> (N, D) -> index
+    query (words, picture or both) -> encoder -> (Q, D) -> search of every shard -> merge -> hits
 
-R1-Router asks three such bases (text, text-image, table). They differ only in documents and encoder:
-  lexical   words without any trained weight: seeded random projections of words, weighted by their rarity
-  pixel     pictures without any trained weight: 8 x 8 mean colours, beside the lexical vector of the caption
+R1-Router asks three such bases (text, text-image, table). They differ only in reader and encoder:
 
-Shapes: N documents, Q queries, D dimension of a vector, K hits, W words of a batch, V different words of a batch.
+    lexical     words without trained weights: seeded random projections, rare words weigh more
+    pixel       pictures without trained weights: 8 x 8 mean colours, beside the lexical vector of the caption
+    directory   BERT family and XLM-RoBERTa (MiniLM, BGE, E5, BGE-M3) for text and tables, CLIP for pictures
 
-Deviations from the paper and the released code, and why:
-  * the released code searches all vectors by brute force and loads them anew for each question; here an HNSW graph
-    (Malkov & Yashunin 2016) is loaded once and searched in batches, and exact search stays as an option;
+On disk a base is one folder: shards of index + documents, and a manifest with the checksum of every file.
+
+Shapes: N documents, Q queries, B batch, T tokens, H heads, D dimension of a vector, K hits, W words, V different words.
+
+Deviations from the paper and from the released code, and why:
+  * searching: an HNSW graph (Malkov and Yashunin, 2016), loaded once; the released code scores all vectors by brute force and
+    reloads encoders and corpus for each step. Exact search stays as an option (index="flat");
   * the lexical and pixel encoders are ours: the embedded world must run without downloads;
-  * a picture query whose words are unknown to the base is led by the picture: see Pixel.encode_queries.
+  * Wikipedia: the released builder repeats the last window of a page, breaks on quotes in titles, leaves HTML entities and
+    writes a wrong id before each passage. Here a last, shorter window covers what no full one does, and an id is "page-window";
+  * splitted_tables.json is one JSON value and is parsed whole; all other corpora are streams.
 """
 import argparse
-import contextlib
 import hashlib
+import html
+import itertools
 import json
 import math
 import mmap
@@ -26,20 +33,27 @@ import re
 import shutil
 import sys
 import tempfile
+import time
+import unicodedata
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
 import hnswlib
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 
-FORMAT = 1  # of the folder that save() writes; another number is refused
+from model import load_picture as open_image, read_json, weight_files
+
+FORMAT = 1  # of the folder on disk; a base of another format is refused
 OVERFETCH = 8  # hits fetched beyond k, so that equal scores around the k-th place are settled by document order
-CHUNK = 65536  # rows that exact search scores at a time
+CHUNK = 4096  # documents encoded, or half-precision vectors scored, at a time
 
 
 # ------------------------------------------------------------------------------------------------ documents
@@ -53,60 +67,26 @@ class Hit:
     image: str | None = None
 
 
-def read_docs(path):
-    """Yields {"id", "text", "title", "image"} for each line of a JSONL file, in order.
-
-    `id` and `text` are required; `title` is "" and `image` None where absent. An image path is relative to the file and
-    comes back joined to the file's folder. A row that does not fit raises ValueError with file and line.
-    """
-    path = Path(path)
-    try:
-        lines = open(path, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}): give a JSONL file of documents") from None
-    with lines:
-        for number, line in enumerate(decoded(lines, path), 1):
-            if line.strip():
-                yield parse_doc(line, path.parent, f"{path}:{number}")
-
-
-def decoded(lines, path):
-    """Lines of a text file; bytes that are not UTF-8 become a ValueError that names the file."""
-    try:
-        yield from lines
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason}): convert the file") from None
-
-
-def parse_doc(line, folder, place):
-    """One JSON line as a document; `place` (file:line) stands in the error."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error.msg}): expected one object a line with id and text") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: expected an object with id and text, found {type(row).__name__}")
-    image = row.get("image")
-    if isinstance(image, str):
-        row["image"] = os.path.join(folder, image)
-    return checked_doc(row, place)
-
-
 def checked_doc(row, place):
-    """A document with exactly the four fields, all of the right type; an integer id becomes a string."""
-    doc = {"id": row.get("id"), "text": row.get("text"), "title": row.get("title") or "", "image": row.get("image")}
+    """A document with exactly the four fields, each of the right type; `place` (file:line) stands in the error."""
+    doc = {"id": row.get("id"), "text": row.get("text"), "title": row.get("title") or "", "image": row.get("image") or None}
     if type(doc["id"]) is int:
         doc["id"] = str(doc["id"])
-    for field, kinds in (("id", str), ("text", str), ("title", str), ("image", (str, type(None)))):
-        if not isinstance(doc[field], kinds):
-            found = "missing" if row.get(field) is None else type(row[field]).__name__
-            raise ValueError(f"{place}: field {field!r} must be a string, it is {found}")
-    return doc
+    for name, value in doc.items():
+        if not isinstance(value, str) and (name != "image" or value is not None):
+            found = "missing" if value is None else type(value).__name__
+            raise ValueError(f"{place}: field {name!r} is {found}, expected a string (a document has id, text, title, image)")
+    return {name: value and utf8(value) for name, value in doc.items()}
+
+
+def utf8(text):
+    """The text without halves of surrogate pairs, which JSON may hold but no file or tokenizer takes."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def passage(doc):
     """What is encoded and shown of a document: the title, then the words."""
-    return f"{doc['title']} {doc['text']}" if doc["title"] else doc["text"]
+    return f"{doc['title']} {doc['text']}" if doc.get("title") else doc["text"]
 
 
 def split_query(query):
@@ -114,55 +94,189 @@ def split_query(query):
     text, image = (query.get("text") or "", query.get("image")) if isinstance(query, dict) else (query, None)
     if not isinstance(text, str):
         raise ValueError(f"a query is a string or {{'text', 'image'}}, not {query!r}")
-    return text, image
+    return utf8(text), image
 
 
-def open_image(image):
-    """A path or a PIL image as an RGB PIL image; anything that is no picture raises ValueError."""
+# ------------------------------------------------------------------------------------------------ readers of corpora
+
+def lines_of(path):
+    """Numbered places and lines of a text file: ("file:3", line). ValueError where it cannot be read as UTF-8."""
     try:
-        return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
-    except (OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{image}: not a picture that Pillow can read ({error})") from None
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                yield f"{path}:{number}", line
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason}): convert the file") from None
 
 
-# ------------------------------------------------------------------------------------------------ encoders
+def json_object(line, place):
+    """One line of a JSONL file as a dict."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not JSON ({error.msg}): expected one object a line") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: expected an object, found {type(row).__name__}")
+    return row
 
-WORD = re.compile(r"\d+|[\u3040-\u30ff\u3400-\u9fff]|[^\W\d_\u3040-\u30ff\u3400-\u9fff]+")  # Han and kana: one by one
-STOP = frozenset("a an and are at be by did do does for from had has have he her his how in is it its of on or she that "
-                 "the their there these they this those to was were what when where which who whom whose why with".split())
-STOP_WEIGHT = 0.3
-NGRAM_SHARE = 0.4  # of a known word's vector; see word_vector
 
+def read_docs(path, images=None):
+    """Plain JSONL: id, text, optionally title and image. Yields documents in order.
+
+    Image paths are relative to the folder `images`, by default the file's own, and come back joined to it.
+    A row that does not fit raises ValueError with file and line.
+    """
+    for place, line in lines_of(path):
+        if line.strip():
+            doc = checked_doc(json_object(line, place), place)
+            yield {**doc, "image": doc["image"] and os.path.join(images or Path(path).parent, doc["image"])}
+
+
+def read_mbeir(path, images=None):
+    """M-BEIR candidates: did, txt, img_path, modality. `images` is the folder that img_path starts from."""
+    for place, line in lines_of(path):
+        if not line.strip():
+            continue
+        row = json_object(line, place)
+        modality = set(str(row.get("modality")).split(","))  # "text,image" and "image,text" both occur
+        if not modality <= {"text", "image"}:
+            raise ValueError(f"{place}: modality is {row.get('modality')!r}, expected text, image or both")
+        if "image" in modality and not row.get("img_path"):
+            raise ValueError(f"{place}: modality {row['modality']!r} without img_path")
+        image = os.path.join(images or Path(path).parent, row["img_path"]) if "image" in modality else None
+        text = (row.get("txt") or "") if "text" in modality else ""
+        yield checked_doc({"id": row.get("did"), "text": text, "image": image}, place)
+
+
+MARKERS = ("[Title]", "[Section title]", "[Caption]", "[Table name]", "[Header]", "[Rows]", "[Row]", "[sep]")  # in id order
+
+
+def read_tables(path, images=None):
+    """Open-WikiTable's splitted_tables.json in any pandas orientation: the flattened table is the text of the document."""
+    data = read_json(path)
+    if isinstance(data, list):  # orient="records"
+        rows = enumerate(data)
+    elif isinstance(data.get("header"), dict) or isinstance(data.get("flattened"), dict):  # orient="columns"
+        keys = next(column for name, column in data.items() if name in ("header", "flattened"))
+        rows = ((key, {name: column.get(key) for name, column in data.items()}) for key in keys)
+    else:  # orient="index"
+        rows = data.items()
+    for key, row in rows:
+        place = f"{path}: table {key}"
+        if not isinstance(row, dict) or not ("flattened" in row or {"header", "rows"} <= set(row)):
+            raise ValueError(f"{place}: expected flattened, or header and rows")
+        yield checked_doc({"id": str(key), "text": row.get("flattened") or flatten_table(row)}, place)
+
+
+def flatten_table(row):
+    """A table as one line, the way the table encoder was trained to see it."""
+    cells = [[str(cell) for cell in line] for line in [row["header"], *row["rows"]]]
+    heads = [row.get(name) or "" for name in ("page_title", "section_title", "caption", "name")]
+    return ("".join(marker + str(head) for marker, head in zip(MARKERS, heads)) + "[Header]" + "[sep]".join(cells[0])
+            + "[Rows]" + "".join("[Row]" + "[sep]".join(line) for line in cells[1:]))
+
+
+WIKI_HEADER = re.compile(r'<doc id="([^"]*)".*? url="[^"]*" title="(.*)">\s*$')  # greedy: a title may hold quotes and >
+WIKI_SKIP = re.compile(r"(List|Index|Outline) of |.*\(disambiguation", re.IGNORECASE)
+WIKI_MEANINGS = re.compile(r"[^\n]{0,200}\b(may|can) (also |commonly )?refer to:?\s*$", re.MULTILINE)
+
+
+def read_wiki(path, images=None):
+    """wikiextractor's output, plain or --json, a file or a folder of them: windows of 100 words, each with the page's title."""
+    files = sorted(f for f in Path(path).rglob("*") if f.is_file()) if Path(path).is_dir() else [path]
+    for file in files:
+        for place, page, title, text in wiki_pages(file):
+            title, text = html.unescape(title).strip(), html.unescape(text).strip()
+            head, _, rest = text.partition("\n")
+            text = rest.strip() if head.strip() == title else text
+            if text and not WIKI_SKIP.match(title) and not WIKI_MEANINGS.match(text):
+                for i, window in enumerate(windows(text.split())):
+                    yield checked_doc({"id": f"{page}-{i}", "text": window, "title": title}, place)
+
+
+def wiki_pages(path):
+    """Pages of one wikiextractor file: (place, id, title, text)."""
+    header, body = None, []
+    for place, line in lines_of(path):
+        if header is not None:
+            if line.strip() == "</doc>":
+                yield *header, "".join(body)
+                header, body = None, []
+            else:
+                body.append(line)
+        elif line.startswith("{"):
+            row = json_object(line, place)
+            if not all(isinstance(row.get(name), str) for name in ("id", "title", "text")):
+                raise ValueError(f"{place}: expected id, title and text, each a string")
+            yield place, row["id"], row["title"], row["text"]
+        elif match := WIKI_HEADER.match(line):
+            header = place, match[1], match[2]
+        elif line.strip():
+            raise ValueError(f"{place}: expected <doc id= url= title=> or a JSON object, found {line.strip()[:40]!r}")
+    if header is not None:
+        raise ValueError(f"{header[0]}: page {header[2]!r} does not end with </doc>: is the file complete?")
+
+
+def windows(words, size=100, stride=50):
+    """Overlapping windows of words; the last one is shorter where full windows leave words over, none holds nothing new."""
+    for start in range(0, max(len(words) - size + stride, 1), stride):
+        yield " ".join(words[start:start + size])
+
+
+READERS = {"plain": read_docs, "wiki": read_wiki, "tables": read_tables, "mbeir": read_mbeir}
+
+
+# ------------------------------------------------------------------------------------------------ encoders without weights
 
 class Encoder:
-    """Turns documents and queries into rows of one vector space; what all encoders have in common.
+    """Turns documents and queries into rows of one vector space; what all encoders share.
 
-    `name` and `dim` describe it, `fingerprint()` tells two of one name apart, `state()` is what must travel with a base.
+    Others need only encode_docs(list of documents) and encode_queries(list of queries), both -> (N, D) float32.
     """
-    name, dim, normalised = "", 0, True
-
-    def fit(self, docs):
-        """Learns what it needs from the corpus (an iterable of documents, read once). Most encoders need nothing."""
-
-    def state(self):
-        """What fit() learned, as a dict for JSON."""
-        return {}
+    name = ""  # what load_encoder takes
+    dim = 0
+    normalised = True  # rows have length one, so that their inner product is their cosine
+    options = {}  # what load_encoder takes beside the name; travels with a base
 
     def fingerprint(self):
-        """A short string that changes where the vectors of the same text would change (fit aside)."""
+        """A string that differs where the vectors of the same document would (fitting aside)."""
         return f"{self.name}-{self.dim}-v1"
 
+    def fitted(self, docs):
+        """(encoder, number of documents): the encoder after one look at the corpus. Most need none and only count."""
+        return self, sum(1 for _ in docs)
+
+    def state(self):
+        """What fitting learned, for JSON; restored(state) gives the fitted encoder back."""
+        return {}
+
+    def restored(self, state):
+        return self
+
     def similarity(self, a, b):
-        """Cosine of two texts, from -1 to 1."""
+        """Inner product of two texts' vectors: their cosine, from -1 to 1, where rows are normalised."""
         x, y = self.encode_queries([a, b])
         return float(x @ y)
 
 
+WORD = re.compile(r"\d+|[\u3040-\u30ff\u3400-\u9fff]|[^\W\d_\u3040-\u30ff\u3400-\u9fff]+")  # Han and kana one by one
+STOP = frozenset("a an and are at be by did do does for from had has have he her his how in is it its of on or she that "
+                 "the their there these they this those to was were what when where which who whom whose why with".split())
+STOP_WEIGHT = 0.3
+NGRAM_SHARE = 0.4
+
+
+def words_of(text):
+    return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
 @lru_cache(maxsize=65536)
 def sign_vector(key, dim):
-    """The random direction of a string: +-1/sqrt(dim) by the bits of its hash, the same on every machine and version.
+    """The random direction of a string: +-1/sqrt(dim) by the bits of its hash, the same on every machine.
 
-    Random signs preserve angles as well as Gaussian numbers do (Achlioptas 2003): two of them have cosine 0 +- 1/sqrt(dim).
+    Random signs keep angles as well as Gaussian numbers do (Achlioptas, 2003): two strings have cosine 0 +- 1/sqrt(dim).
     """
     bits = np.unpackbits(np.frombuffer(hashlib.shake_128(key.encode()).digest(dim // 8), np.uint8))
     return (bits.astype(np.float32) * 2 - 1) / math.sqrt(dim)  # (D,)
@@ -170,25 +284,24 @@ def sign_vector(key, dim):
 
 @lru_cache(maxsize=65536)
 def word_vector(word, known, dim):
-    """Unit vector of a word: its own random direction with a light share of its letter trigrams.
+    """Vector of a word: its own random direction and a light share of its letter trigrams.
 
-    The trigrams let a misspelt or inflected word, which no document holds, still find its neighbours; such an unknown word
-    consists of them alone. Between two known words that share a syllable they add about 0.4^2 * 1/3 = 0.05 to the cosine,
-    which is below the noise of the projection: exact names win.
+    A misspelt or inflected word that no document holds consists of its trigrams alone and so still finds its neighbours.
+    Between two known words that share a syllable the trigrams add about 0.4^2 / 3 = 0.05 to the cosine, about what chance
+    does at 512 dimensions: exact names win.
     """
     edged = f"<{word}>"
     grams = sum(sign_vector(f"#{edged[i:i + 3]}", dim) for i in range(len(edged) - 2))
     grams = grams / max(np.linalg.norm(grams), 1e-9)
-    if not known:
-        return grams
-    return math.sqrt(1 - NGRAM_SHARE ** 2) * sign_vector(word, dim) + NGRAM_SHARE * grams  # (D,)
+    return math.sqrt(1 - NGRAM_SHARE**2) * sign_vector(word, dim) + NGRAM_SHARE * grams if known else grams  # (D,)
 
 
 class Lexical(Encoder):
-    """Bag of words by random projection; rare words weigh more, by the square root of their inverse document frequency.
+    """Bag of words by random projection, each word weighted by the square root of its inverse document frequency.
 
-    (With the plain IDF a rare name drowned the word that says what is asked about it.) The document frequencies are those
-    of the corpus that `fit` saw; unfitted, all words weigh the same.
+    (With the plain IDF a rare name drowns the word that says what is asked about it.) The frequencies are those of the
+    corpus the encoder was fitted on; unfitted, all words weigh the same. An encoder that is fitted stays as it is.
+    HNSW finds such nearly orthogonal vectors badly in large corpora: meant for up to some 10,000 documents.
     """
     name, dim = "lexical", 512
 
@@ -196,128 +309,494 @@ class Lexical(Encoder):
         self.frequency = Counter((state or {}).get("frequency", {}))  # word -> number of documents that hold it
         self.documents = (state or {}).get("documents", 0)
 
-    def fit(self, docs):
-        for doc in docs:
-            self.frequency.update(set(WORD.findall(passage(doc).lower())))
-            self.documents += 1
+    def fitted(self, docs):
+        frequency, count = Counter(), 0
+        for count, doc in enumerate(docs, 1):
+            frequency.update(set(words_of(passage(doc))))
+        return (self if self.documents else type(self)({"frequency": frequency, "documents": count})), count
 
     def state(self):
         return {"documents": self.documents, "frequency": dict(sorted(self.frequency.items()))}
 
+    def restored(self, state):
+        return type(self)(state)
+
     def weight(self, word):
-        """Weight of a word: sqrt(idf), at most 0.3 for stop words. A word of every document weighs next to nothing."""
+        """sqrt(idf), at most 0.3 for a stop word. A word that all documents hold weighs next to nothing."""
         root = math.sqrt(math.log((self.documents + 2) / (self.frequency[word] + 1)))
         return STOP_WEIGHT * min(root, 1.0) if word in STOP else root
 
     def known(self, word):
-        """Whether the corpus holds the word; before fit() every word counts as known."""
+        """Whether the corpus holds the word; before fitting every word counts as known."""
         return not self.documents or word in self.frequency
 
     def encode_texts(self, texts):
-        """Texts to unit rows (N, D) float32; a text without any word is a row of zeros."""
-        bags = [Counter(WORD.findall(text.lower())) for text in texts]
+        """Texts to unit rows (N, D) float32; a text without any word becomes zeros."""
+        bags = [Counter(words_of(text)) for text in texts]
         column = {word: i for i, word in enumerate(dict.fromkeys(word for bag in bags for word in bag))}
         if not column:
-            return np.zeros((len(bags), self.dim), np.float32)
-        table = np.stack([word_vector(word, self.known(word), self.dim) for word in column])  # (V, D)
+            return np.zeros((len(bags), Lexical.dim), np.float32)
+        table = np.stack([word_vector(word, self.known(word), Lexical.dim) for word in column])  # (V, D)
         table *= np.array([self.weight(word) for word in column], np.float32)[:, None]
         words = torch.tensor([column[word] for bag in bags for word in bag])  # (W,)
-        times = torch.tensor([1 + math.log(n) for bag in bags for n in bag.values()])  # (W,) a repetition counts less
+        times = torch.tensor([1 + math.log(n) for bag in bags for n in bag.values()])  # (W,) repetitions count less and less
         starts = torch.tensor(np.cumsum([0] + [len(bag) for bag in bags[:-1]]))  # (N,)
         total = F.embedding_bag(words, torch.from_numpy(table), starts, mode="sum", per_sample_weights=times)  # (N, D)
         return F.normalize(total, dim=1).numpy()
 
     def encode_docs(self, docs):
-        """Documents to unit rows (N, 512) float32; pictures are not looked at."""
         return self.encode_texts([passage(doc) for doc in docs])
 
     def encode_queries(self, queries):
-        """Queries (strings, or dicts whose picture is not looked at) to unit rows (Q, 512) float32."""
-        pairs = [split_query(query) for query in queries]
-        if any(image is not None and not text.strip() for text, image in pairs):
-            raise ValueError("a query without words was put to a base of words: give it a text, or ask the image base")
-        return self.encode_texts([text for text, _ in pairs])
+        return self.encode_texts(texts_only(queries))
 
 
-class Pixel(Encoder):
-    """Pictures with captions: [colours (192) | words (512)], each half of length one where it exists."""
+def texts_only(queries):
+    """The words of queries to a base that reads no pictures (a picture beside words is ignored)."""
+    pairs = [split_query(query) for query in queries]
+    if any(image is not None and not text.strip() for text, image in pairs):
+        raise ValueError("a picture without words was put to a base of words: give a text, or ask the base of pictures")
+    return [text for text, _ in pairs]
+
+
+class Pixel(Lexical):
+    """Pictures with captions: [colours (192) | words (512)], each part of length one where there is one."""
     name = "pixel"
     side = 8
     dim = side * side * 3 + Lexical.dim
 
-    def __init__(self, state=None):
-        self.lexical = Lexical(state)
-        self.fit, self.state = self.lexical.fit, self.lexical.state
-
     def colours(self, image):
         """The picture's mean colours on an 8 x 8 grid, centred, of length one: (192,) float32; zeros for no picture."""
         if image is None:
-            return np.zeros(self.dim - Lexical.dim, np.float32)
-        small = np.asarray(open_image(image).resize((self.side, self.side), Image.BOX), np.float32)  # (8, 8, 3)
-        centred = small.reshape(-1) - small.mean()
-        return centred / max(np.linalg.norm(centred), 1e-6)
+            return np.zeros(self.side * self.side * 3, np.float32)
+        small = np.asarray(open_image(image).resize((self.side, self.side), Image.BOX), np.float32).reshape(-1)
+        return (small - small.mean()) / max(np.linalg.norm(small - small.mean()), 1e-6)
 
     def fuse(self, images, words):
-        """Pictures and word vectors (N, 512) as unit rows (N, D)."""
-        colours = np.stack([self.colours(image) for image in images]) if len(words) else np.zeros((0, self.dim - 512))
-        both = torch.from_numpy(np.concatenate([colours, words], 1).astype(np.float32))  # (N, 192 + 512)
-        return F.normalize(both, dim=1).numpy()
+        """Pictures (N, each may be None) and word vectors (N, 512) to unit rows (N, D)."""
+        colours = np.array([self.colours(image) for image in images], np.float32).reshape(len(words), -1)
+        return F.normalize(torch.from_numpy(np.concatenate([colours, words], 1)), dim=1).numpy()
 
     def encode_docs(self, docs):
-        """Documents to unit rows (N, 704) float32; one without a picture has zeros in the colour half."""
-        return self.fuse([doc["image"] for doc in docs], self.lexical.encode_docs(docs))
+        return self.fuse([doc.get("image") for doc in docs], super().encode_docs(docs))
 
     def encode_queries(self, queries):
-        """Queries to unit rows (Q, 704) float32.
-
-        Beside a picture the words count by the share of their weight that the captions know: "which country has this
-        flag?" holds no word that tells one caption from another, so the picture alone decides; a name decides with it.
+        """Beside a picture the words count by the share of their weight that the captions know: "which country has this
+        flag?" holds nothing that tells one caption from another, so the picture alone decides; a name would decide with it.
         """
         pairs = [split_query(query) for query in queries]
-        words = self.lexical.encode_texts([text for text, _ in pairs])  # (Q, 512)
-        shares = [1.0 if image is None else self.told(text) for text, image in pairs]
-        return self.fuse([image for _, image in pairs], words * np.array(shares, np.float32).reshape(-1, 1))
+        shares = np.array([1.0 if image is None else self.told(text) for text, image in pairs], np.float32)
+        words = self.encode_texts([text for text, _ in pairs]) * shares[:, None]  # (Q, 512)
+        return self.fuse([image for _, image in pairs], words)
 
     def told(self, text):
         """Share of the text's squared word weights that lies on words of the corpus, from 0 to 1."""
-        squares = [(self.lexical.weight(word) ** 2, self.lexical.known(word)) for word in set(WORD.findall(text.lower()))]
-        return sum(w for w, known in squares if known) / max(sum(w for w, _ in squares), 1e-9)
+        squares = {word: self.weight(word) ** 2 for word in set(words_of(text))}
+        return sum(w for word, w in squares.items() if self.known(word)) / max(sum(squares.values()), 1e-9)
+
+
+# ------------------------------------------------------------------------------------------------ transformer encoders
+
+def option(default, text):
+    """A dataclass field whose help text also serves the command line."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """How an encoder with weights is used. Those that shape documents' vectors are part of its fingerprint."""
+    pooling: str = option("", "cls, mean or pooler; default: what the directory says, else cls")
+    normalise: bool = option(True, "vectors of length one; without, scores are raw inner products (needs --index flat)")
+    passage_prefix: str = option("", "put before every document, e.g. 'passage: ' for E5")
+    query_prefix: str = option("", "put before every query")
+    max_length: int = option(0, "tokens of a document; default: what the directory says")
+    query_length: int = option(0, "tokens of a query, 64 for Open-WikiTable; default: max_length")
+    query_model: str = option("", "directory of another encoder for queries (Open-WikiTable has two)")
+    markers: bool = option(False, "add Open-WikiTable's eight table markers to the tokenizer")
+    batch_tokens: int = option(8192, "tokens in a batch, padding included")
+
+
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+
+
+class Block(nn.Module):
+    """A transformer block: BERT normalises after each residual sum, CLIP (pre=True) before each sub-layer."""
+
+    def __init__(self, width, heads, inner, act, eps, pre=False, causal=False):
+        super().__init__()
+        self.heads, self.act, self.pre, self.causal = heads, ACTIVATIONS[act], pre, causal
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
+
+    def attend(self, x, mask):
+        q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H, T, D/H)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal)
+        return self.out(y.transpose(1, 2).flatten(2))  # (B, T, D)
+
+    def mlp(self, x):
+        return self.down(self.act(self.up(x)))
+
+    def forward(self, x, mask=None):
+        """x (B, T, D), mask (B, 1, 1, T) bool, True where a token may be seen, or None where all may."""
+        if self.pre:
+            x = x + self.attend(self.norm1(x), mask)
+            return x + self.mlp(self.norm2(x))
+        x = self.norm1(x + self.attend(x, mask))
+        return self.norm2(x + self.mlp(x))
+
+
+class Bert(nn.Module):
+    """BERT and XLM-RoBERTa: token, position and type embeddings, then blocks (Devlin et al., 2018)."""
+
+    def __init__(self, c, with_pooler):
+        super().__init__()
+        width, eps = c["hidden_size"], c.get("layer_norm_eps", 1e-12)
+        self.words = nn.Embedding(c["vocab_size"], width)
+        self.positions = nn.Embedding(c["max_position_embeddings"], width)
+        self.types = nn.Embedding(c.get("type_vocab_size", 2), width)
+        self.norm = nn.LayerNorm(width, eps)
+        self.blocks = nn.ModuleList(Block(width, c["num_attention_heads"], c["intermediate_size"], c.get("hidden_act", "gelu"), eps)
+                                    for _ in range(c["num_hidden_layers"]))
+        self.pooler = nn.Linear(width, width) if with_pooler else None
+        self.first = c.get("pad_token_id", 1) + 1 if "roberta" in c["model_type"] else 0  # position of the first token
+
+    def forward(self, ids, mask):
+        """Hidden states (B, T, D) of ids (B, T); mask (B, T) bool, True at tokens, False at the padding behind them."""
+        place = torch.arange(ids.shape[1], device=ids.device) + self.first
+        x = self.norm(self.words(ids) + self.types.weight[0] + self.positions(place))  # (B, T, D)
+        seen = None if mask.all() else mask[:, None, None]  # (B, 1, 1, T)
+        for block in self.blocks:
+            x = block(x, seen)
+        return x
+
+
+BERT_TYPES = ("bert", "roberta", "xlm-roberta")
+BERT_NAMES = [  # published name -> ours, every rule in turn
+    (r"^(bert|roberta)\.", ""), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias"),
+    (r"^embeddings\.word_embeddings", "words"), (r"^embeddings\.position_embeddings", "positions"),
+    (r"^embeddings\.token_type_embeddings", "types"), (r"^embeddings\.LayerNorm", "norm"),
+    (r"^encoder\.layer\.", "blocks."), (r"\.attention\.self\.query", ".q"), (r"\.attention\.self\.key", ".k"),
+    (r"\.attention\.self\.value", ".v"), (r"\.attention\.output\.dense", ".out"), (r"\.attention\.output\.LayerNorm", ".norm1"),
+    (r"\.intermediate\.dense", ".up"), (r"\.output\.dense", ".down"), (r"\.output\.LayerNorm", ".norm2"),
+    (r"^pooler\.dense", "pooler")]
+BERT_UNUSED = r"^(cls|lm_head|classifier)\.|position_ids$|token_type_ids$"
+
+
+def load_weights(module, path, names, unused):
+    """Fills a module made on the meta device from a directory's safetensors; every key that does not fit is in the one error."""
+    wanted, state, problems = module.state_dict(), {}, []
+    for file in weight_files(path):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():
+                    name = key
+                    for pattern, ours in names:
+                        name = re.sub(pattern, ours, name)
+                    if re.search(unused, name):
+                        continue
+                    shape = list(tensors.get_slice(key).get_shape())
+                    if name not in wanted:
+                        problems.append(f"unexpected: {key}")
+                    elif shape != list(wanted[name].shape):
+                        problems.append(f"shape {shape} instead of {list(wanted[name].shape)}: {key}")
+                    state[name] = tensors.get_tensor(key).float()
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: not a readable safetensors file ({error}); is the download complete?") from None
+    problems += [f"missing: {name}" for name in wanted if name not in state]
+    if problems:
+        raise ValueError(f"{path}: {len(problems)} weights do not fit config.json: {'; '.join(problems)}")
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def precision(device):
+    """Half precision on CUDA, single on the CPU, where half is slower."""
+    return torch.float16 if torch.device(device).type == "cuda" else torch.float32
+
+
+def read_tokenizer(path):
+    """The directory's tokenizer.json, without the padding and truncation that may be saved in it."""
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"{file}: missing: save it with transformers' AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)")
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def token_batches(tokenizer, texts, budget, device):
+    """Tokenises texts and yields batches of at most `budget` tokens: positions (list), ids (B, T) and lengths (B,).
+
+    The longest come first and similar lengths together, so that little is padding, which stands behind the tokens.
+    """
+    tokens = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
+    while order:
+        longest = len(tokens[order[0]])
+        size = max(budget // longest, 1)
+        batch, order = order[:size], order[size:]
+        ids = torch.tensor([tokens[i] + [0] * (longest - len(tokens[i])) for i in batch], device=device)
+        yield batch, ids, torch.tensor([len(tokens[i]) for i in batch], device=device)
+
+
+class TextModel:
+    """One directory of the BERT family: texts in, vectors out."""
+
+    def __init__(self, path, options, device):
+        config = check_bert(read_json(Path(path) / "config.json"), path)
+        self.options, self.device = options, device
+        self.pooling = options.pooling or directory_pooling(path)
+        if self.pooling not in ("cls", "mean", "pooler"):
+            raise ValueError(f"{path}: pooling is {self.pooling!r}: this program knows cls, mean and pooler")
+        with torch.device("meta"):
+            net = Bert(config, with_pooler=self.pooling == "pooler")
+        net = load_weights(net, path, BERT_NAMES, BERT_UNUSED + ("" if net.pooler else r"|^pooler\."))
+        self.net = net.to(device, precision(device)).eval()
+        self.dim = config["hidden_size"]
+        self.tokenizer = read_tokenizer(path)
+        if options.markers:
+            self.tokenizer.add_tokens(list(MARKERS))
+        if self.tokenizer.get_vocab_size() > config["vocab_size"]:
+            raise ValueError(f"{path}: the tokenizer has {self.tokenizer.get_vocab_size()} tokens, the model {config['vocab_size']}")
+        room = config["max_position_embeddings"] - self.net.first
+        said = Path(path) / "sentence_bert_config.json"
+        self.length = min(options.max_length or (said.is_file() and read_json(said).get("max_seq_length")) or room, room)
+
+    @torch.inference_mode()
+    def __call__(self, texts, length=0):
+        """Texts, cut at `length` tokens (0: what the directory says), to rows (N, D) float32."""
+        self.tokenizer.enable_truncation(min(length or self.length, self.length))
+        out = np.empty((len(texts), self.dim), np.float32)
+        for batch, ids, sizes in token_batches(self.tokenizer, texts, self.options.batch_tokens, self.device):
+            mask = torch.arange(ids.shape[1], device=self.device) < sizes[:, None]  # (B, T)
+            vectors = self.pool(self.net(ids, mask), mask).float()  # (B, D)
+            out[batch] = (F.normalize(vectors, dim=1) if self.options.normalise else vectors).cpu().numpy()
+        return out
+
+    def pool(self, hidden, mask):
+        """Hidden states (B, T, D) to one vector a text (B, D)."""
+        if self.pooling == "mean":
+            return (hidden.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+        return hidden[:, 0] if self.pooling == "cls" else torch.tanh(self.net.pooler(hidden[:, 0]))
+
+
+def check_bert(config, path):
+    """The config of a BERT-family model, if this file can run it."""
+    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
+    if absent := [name for name in needed if name not in config]:
+        raise ValueError(f"{path}/config.json: {', '.join(absent)} missing")
+    kind = config.get("position_embedding_type") or "absolute"
+    for name, value, known in (("position_embedding_type", kind, ["absolute"]),
+                               ("hidden_act", config.get("hidden_act", "gelu"), list(ACTIVATIONS))):
+        if value not in known:
+            raise ValueError(f"{path}/config.json: {name} is {value!r}, this program knows {', '.join(known)}")
+    return config
+
+
+def directory_pooling(path):
+    """What 1_Pooling/config.json says, as sentence-transformers writes it; cls where there is none."""
+    file = Path(path) / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return "cls"
+    config = read_json(file)
+    chosen = [name for name, value in config.items() if name.startswith("pooling_mode_") and value is True]
+    names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+    return "+".join(names.get(name, name) for name in chosen) or str(config.get("pooling_mode", "cls"))
+
+
+class TextEncoder(Encoder):
+    """Documents and queries through one BERT-family model, or through one each."""
+
+    def __init__(self, path, device="cpu", **options):
+        self.name, self.options = str(path), options
+        self.settings = settings = make_options(EncoderOptions, options)
+        self.passages = TextModel(path, settings, device)
+        asked = replace(settings, markers=False)  # the question tokenizer has no table markers
+        self.questions = TextModel(settings.query_model, asked, device) if settings.query_model else self.passages
+        self.dim, self.normalised = self.passages.dim, settings.normalise
+        if self.questions.dim != self.dim:
+            raise ValueError(f"{settings.query_model}: dimension {self.questions.dim}, {path} has {self.dim}")
+
+    def fingerprint(self):
+        s = self.settings
+        return directory_fingerprint(self.name, self.passages.pooling, self.passages.length, s.normalise, s.passage_prefix, s.markers)
+
+    def encode_docs(self, docs):
+        return self.passages([self.settings.passage_prefix + passage(doc) for doc in docs])
+
+    def encode_queries(self, queries):
+        return self.questions([self.settings.query_prefix + text for text in texts_only(queries)], self.settings.query_length)
+
+
+def directory_fingerprint(path, *options):
+    """A hash of a model directory's config, tokenizer and weights, and of the options that shape document vectors."""
+    names = ("config.json", "tokenizer.json", "preprocessor_config.json")
+    files = [file for file in (Path(path) / name for name in names) if file.is_file()] + weight_files(path)
+    sums = [checksum(file)["sha256"] for file in files]
+    return hashlib.sha256(json.dumps([sums, options]).encode()).hexdigest()[:32]
+
+
+class Tower(nn.Module):
+    """One half of CLIP (Radford et al., 2021): embeddings, blocks, norm, projection into the common space."""
+
+    def __init__(self, c, projection, picture):
+        super().__init__()
+        width, eps = c["hidden_size"], c.get("layer_norm_eps", 1e-5)
+        if picture:
+            self.patches = nn.Conv2d(3, width, c["patch_size"], c["patch_size"], bias=False)
+            self.summary = nn.Parameter(torch.empty(width))
+            self.norm0 = nn.LayerNorm(width, eps)
+        else:
+            self.words = nn.Embedding(c["vocab_size"], width)
+        places = (c["image_size"] // c["patch_size"]) ** 2 + 1 if picture else c["max_position_embeddings"]
+        self.positions = nn.Embedding(places, width)
+        self.blocks = nn.ModuleList(Block(width, c["num_attention_heads"], c["intermediate_size"], c.get("hidden_act", "quick_gelu"),
+                                          eps, pre=True, causal=not picture) for _ in range(c["num_hidden_layers"]))
+        self.norm = nn.LayerNorm(width, eps)
+        self.projection = nn.Linear(width, projection, bias=False)
+
+    def embed_text(self, ids, sizes):
+        """Token ids (B, T), padded behind their sizes (B,), to (B, D): the state of the last token, which has seen all others."""
+        x = self.words(ids) + self.positions.weight[:ids.shape[1]]  # (B, T, width)
+        for block in self.blocks:
+            x = block(x)
+        return self.projection(self.norm(x[torch.arange(len(x)), sizes - 1]))
+
+    def embed_pictures(self, pixels):
+        """Pixels (B, 3, side, side) to (B, D): the state of the summary vector before the patches."""
+        x = self.patches(pixels).flatten(2).transpose(1, 2)  # (B, patches, width)
+        x = torch.cat([self.summary.expand(len(x), 1, -1), x], 1) + self.positions.weight  # (B, 1 + patches, width)
+        x = self.norm0(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.projection(self.norm(x[:, 0]))
+
+
+CLIP_NAMES = [
+    (r"^(text|vision)_model\.", r"\1."), (r"^text_projection", "text.projection"), (r"^visual_projection", "vision.projection"),
+    (r"\.embeddings\.token_embedding", ".words"), (r"\.embeddings\.position_embedding", ".positions"),
+    (r"\.embeddings\.patch_embedding", ".patches"), (r"\.embeddings\.class_embedding", ".summary"),
+    (r"\.encoder\.layers\.", ".blocks."), (r"\.self_attn\.(q|k|v)_proj", r".\1"), (r"\.self_attn\.out_proj", ".out"),
+    (r"\.layer_norm(\d)", r".norm\1"), (r"\.mlp\.fc1", ".up"), (r"\.mlp\.fc2", ".down"),
+    (r"\.pre_layrnorm", ".norm0"), (r"\.(final|post)_layer_?norm", ".norm")]
+CLIP_UNUSED = r"^logit_scale$|position_ids$"
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class ClipEncoder(Encoder):
+    """Words and pictures in one space; what has both gets the sum of its two vectors (UniIR's score fusion, Wei et al., 2023)."""
+
+    def __init__(self, path, device="cpu", **options):
+        config = read_json(Path(path) / "config.json")
+        self.name, self.options, self.device = str(path), options, device
+        self.settings, self.dim = make_options(EncoderOptions, options), config["projection_dim"]
+        with torch.device("meta"):
+            towers = nn.ModuleDict({"text": Tower(config["text_config"], self.dim, picture=False),
+                                    "vision": Tower(config["vision_config"], self.dim, picture=True)})
+        self.towers = load_weights(towers, path, CLIP_NAMES, CLIP_UNUSED).to(device, precision(device)).eval()
+        self.tokenizer = read_tokenizer(path)
+        self.tokenizer.enable_truncation(config["text_config"]["max_position_embeddings"])
+        file = Path(path) / "preprocessor_config.json"
+        said, side = read_json(file) if file.is_file() else {}, config["vision_config"]["image_size"]
+        edge, crop = said.get("size", side), said.get("crop_size", side)
+        self.edge = edge.get("shortest_edge", edge.get("height")) if isinstance(edge, dict) else edge
+        self.crop = crop["height"] if isinstance(crop, dict) else crop
+        self.resample = said.get("resample", Image.BICUBIC)
+        self.mean, self.std = (np.array(said.get(f"image_{key}", value), np.float32)
+                               for key, value in (("mean", CLIP_MEAN), ("std", CLIP_STD)))
+
+    def fingerprint(self):
+        return directory_fingerprint(self.name, self.settings.passage_prefix)
+
+    def pixels(self, image):
+        """A picture as the network sees it: shorter edge resized, middle cut out, normalised. (3, side, side) float32."""
+        image = open_image(image)
+        short, long = sorted(image.size)
+        size = [self.edge if n == short else int(self.edge * long / short) for n in image.size]
+        image = image.resize(size, self.resample)
+        left, top = (image.width - self.crop) // 2, (image.height - self.crop) // 2
+        image = image.crop((left, top, left + self.crop, top + self.crop))
+        return ((np.asarray(image, np.float32) / 255 - self.mean) / self.std).transpose(2, 0, 1)
+
+    @torch.inference_mode()
+    def encode_pairs(self, texts, images):
+        """Texts (N, "" for none) and pictures (N, None for none) to unit rows (N, D) float32."""
+        total = np.zeros((len(texts), self.dim), np.float32)
+        worded = [i for i, text in enumerate(texts) if text.strip()]
+        spoken = [texts[i] for i in worded]
+        for batch, ids, sizes in token_batches(self.tokenizer, spoken, self.settings.batch_tokens, self.device):
+            total[[worded[i] for i in batch]] += self.towers["text"].embed_text(ids, sizes).float().cpu().numpy()
+        pictured = [i for i, image in enumerate(images) if image is not None]
+        for start in range(0, len(pictured), 32):
+            batch = pictured[start:start + 32]
+            pixels = torch.from_numpy(np.stack([self.pixels(images[i]) for i in batch])).to(self.device, precision(self.device))
+            total[batch] += self.towers["vision"].embed_pictures(pixels).float().cpu().numpy()
+        return F.normalize(torch.from_numpy(total), dim=1).numpy()
+
+    def encode_docs(self, docs):
+        return self.encode_pairs([passage(doc) and self.settings.passage_prefix + passage(doc) for doc in docs],
+                                 [doc.get("image") for doc in docs])
+
+    def encode_queries(self, queries):
+        pairs = [split_query(query) for query in queries]
+        return self.encode_pairs([text and self.settings.query_prefix + text for text, _ in pairs], [image for _, image in pairs])
+
+
+def make_options(kind, values):
+    """An options dataclass from keyword arguments; an unknown name is refused."""
+    known = [f.name for f in fields(kind)]
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"unknown option {', '.join(unknown)}: known are {', '.join(known)}")
+    return kind(**values)
 
 
 WEIGHT_FREE = {"lexical": Lexical, "pixel": Pixel}
 
 
-def load_encoder(path_or_name, state=None):
-    """An encoder by name: "lexical" or "pixel". `state` is what an earlier fit learned."""
-    if str(path_or_name) in WEIGHT_FREE:
-        return WEIGHT_FREE[str(path_or_name)](state)
-    raise ValueError(f"unknown encoder {str(path_or_name)!r}: give one of {sorted(WEIGHT_FREE)}")
+def load_encoder(path_or_name, device="cpu", **options):
+    """An encoder: "lexical", "pixel", or a Hugging Face directory of the BERT family, XLM-RoBERTa or CLIP.
+
+    options are the fields of EncoderOptions, for directories only.
+    """
+    name = str(path_or_name)
+    if name in WEIGHT_FREE:
+        if options:
+            raise ValueError(f"encoder {name!r} takes no options, got {', '.join(sorted(options))}")
+        return WEIGHT_FREE[name]()
+    if not (Path(name) / "config.json").is_file():
+        raise ValueError(f"unknown encoder {name!r}: give {', '.join(WEIGHT_FREE)} or a model directory with config.json")
+    kind = read_json(Path(name) / "config.json").get("model_type")
+    if kind not in (*BERT_TYPES, "clip"):
+        raise ValueError(f"{name}: model_type is {kind!r}, this program knows {', '.join(BERT_TYPES)} and clip")
+    return (ClipEncoder if kind == "clip" else TextEncoder)(name, device, **options)
 
 
 # ------------------------------------------------------------------------------------------------ indexes
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """How vectors are indexed."""
-    index: str = "hnsw"  # "hnsw": the graph; "flat": exact search over half-precision vectors
-    M: int = 16  # neighbours a node keeps on each layer of the graph: more is better, slower and larger
-    ef_construction: int = 200  # candidates looked at when a node is inserted
-    ef: int = 1500  # candidates looked at when a query is searched; 200 is enough for the vectors of a trained encoder
-    seed: int = 0  # of the random layers
-    threads: int = 0  # that insert; 0: one for up to 20,000 vectors (the graph then repeats byte for byte), else all cores
+    """How vectors are indexed and searched."""
+    index: str = option("hnsw", "hnsw: the graph; flat: exact search over half-precision vectors on disk")
+    M: int = option(16, "neighbours of a node in the graph: more is better, slower and larger")
+    ef_construction: int = option(200, "candidates looked at when a node is inserted")
+    ef: int = option(1500, "candidates looked at by a search; 200 is enough for vectors of a trained encoder")
+    seed: int = option(0, "of the graph's random layers")
+    threads: int = option(0, "that insert; 0: all cores, but one for up to 20000 vectors, where the graph then repeats byte for byte")
 
     def __post_init__(self):
-        if self.index not in ("hnsw", "flat"):
-            raise ValueError(f"unknown index {self.index!r}: give 'hnsw' or 'flat'")
-        for name, least in (("M", 2), ("ef_construction", 1), ("ef", 1), ("threads", 0)):
+        if self.index not in INDEXES:
+            raise ValueError(f"unknown index {self.index!r}: give {' or '.join(INDEXES)}")
+        for name, least in (("M", 2), ("ef_construction", 1), ("ef", 1), ("seed", 0), ("threads", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least {least}")
 
 
 def exact_search(chunks, queries, k, device="cpu"):
-    """The k largest inner products over chunks of vectors, best first: scores (Q, k) float32 and rows (Q, k) int64."""
+    """The k largest inner products of queries (Q, D) with chunks of rows: scores (Q, k) float32 and rows (Q, k) int64."""
     queries = torch.from_numpy(queries).to(device)
-    best, rows, start = torch.empty(len(queries), 0, device=device), torch.empty(len(queries), 0, dtype=torch.long, device=device), 0
+    best, rows, start = queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0, dtype=torch.long), 0
     for chunk in chunks:
         chunk = torch.from_numpy(chunk).to(device).float()  # (C, D)
         scores, found = (queries @ chunk.T).topk(min(k, len(chunk)), dim=1)  # (Q, <=k)
@@ -328,20 +807,26 @@ def exact_search(chunks, queries, k, device="cpu"):
 
 
 class Graph:
-    """An HNSW graph over unit vectors, by hnswlib. Inner product of unit vectors is their cosine."""
+    """An HNSW graph over unit vectors, by hnswlib; the inner product of unit vectors is their cosine."""
     suffix = ".hnsw"
 
     def __init__(self, index, options):
-        self.index, self.count, self.options = index, index.get_current_count(), options
+        self.index, self.options = index, options
 
     @classmethod
-    def build(cls, vectors, options):
-        """Vectors (N, D) float32 as a graph, inserted in order."""
-        index = hnswlib.Index("ip", vectors.shape[1])
-        index.init_index(len(vectors), M=options.M, ef_construction=options.ef_construction, random_seed=options.seed)
-        threads = options.threads or (1 if len(vectors) <= 20_000 else os.cpu_count())
-        index.add_items(vectors, np.arange(len(vectors)), num_threads=threads)
+    def empty(cls, dim, room, options):
+        """A graph that will hold `room` vectors of dimension `dim`."""
+        index = hnswlib.Index("ip", dim)
+        index.init_index(room, M=options.M, ef_construction=options.ef_construction, random_seed=options.seed)
+        index.set_num_threads(options.threads or (1 if room <= 20_000 else os.cpu_count()))
         return cls(index, options)
+
+    @property
+    def count(self):
+        return self.index.get_current_count()
+
+    def add(self, vectors):
+        self.index.add_items(vectors, np.arange(self.count, self.count + len(vectors)))
 
     def save(self, path):
         self.index.save_index(str(path))
@@ -352,85 +837,114 @@ class Graph:
         index.load_index(str(path))
         return cls(index, options)
 
-    def chunks(self):
-        """The vectors, a chunk at a time."""
-        for start in range(0, self.count, CHUNK):
-            yield self.index.get_items(np.arange(start, min(start + CHUNK, self.count)), return_type="numpy")
+    def rows(self, numbers):
+        """The vectors of some rows: (n, D) float32."""
+        return self.index.get_items(numbers, return_type="numpy")
 
-    def search(self, queries, k):
-        """Nearest k <= count rows of queries (Q, D): scores (Q, k), rows (Q, k)."""
+    def search(self, queries, k, device):
+        """The k <= count nearest rows of queries (Q, D): scores (Q, k) and rows (Q, k)."""
         self.index.set_ef(max(self.options.ef, k))  # hnswlib does not keep ef in its file
         try:
             rows, distances = self.index.knn_query(queries, k)
-        except RuntimeError:  # the graph does not reach k rows from its entry point: look at all of them
-            return exact_search(self.chunks(), queries, k)
+        except RuntimeError as error:
+            if "contiguous" not in str(error):
+                raise
+            return exact_search(chunks_of(self), queries, k, device)  # the graph does not reach k rows: look at all
         return 1 - distances, rows.astype(np.int64)
 
 
 class Flat:
-    """Exact search over vectors kept in half precision, in memory or mapped from disk."""
+    """Exact search over vectors in half precision, in memory or mapped from disk."""
     suffix = ".npy"
 
-    def __init__(self, vectors, device="cpu"):
-        self.vectors, self.count, self.device = vectors, len(vectors), device
+    def __init__(self, vectors, count):
+        self.vectors, self.count = vectors, count  # (N, D) float16, of which `count` rows are filled
 
     @classmethod
-    def build(cls, vectors, options):
-        return cls(vectors.astype(np.float16))
+    def empty(cls, dim, room, options):
+        return cls(np.empty((room, dim), np.float16), 0)
+
+    def add(self, vectors):
+        self.vectors[self.count:self.count + len(vectors)] = vectors
+        self.count += len(vectors)
 
     def save(self, path):
         np.save(path, self.vectors)
 
     @classmethod
     def load(cls, path, dim, options):
-        return cls(np.load(path, mmap_mode="r"))
+        vectors = np.load(path, mmap_mode="r")
+        return cls(vectors, len(vectors))
 
-    def chunks(self):
-        for start in range(0, self.count, CHUNK):
-            yield np.array(self.vectors[start:start + CHUNK])
+    def rows(self, numbers):
+        return np.asarray(self.vectors[numbers])  # (n, D) float16
 
-    def search(self, queries, k):
-        return exact_search(self.chunks(), queries, k, self.device)
+    def search(self, queries, k, device):
+        return exact_search(chunks_of(self), queries, k, device)
 
 
 INDEXES = {"hnsw": Graph, "flat": Flat}
 
 
-# ------------------------------------------------------------------------------------------------ the store
+def chunks_of(index):
+    """All vectors of an index, some thousand rows at a time."""
+    for start in range(0, index.count, CHUNK):
+        yield index.rows(np.arange(start, min(start + CHUNK, index.count)))
+
+
+# ------------------------------------------------------------------------------------------------ the folder on disk
 
 class DocFile:
-    """Documents on disk, read one at a time by their offset; image paths come back joined to the base's folder."""
+    """Documents on disk, each read by its offset when it is asked for; image paths come back joined to the base's folder."""
 
-    def __init__(self, path, offsets):
-        self.home, self.offsets = os.path.dirname(path), offsets  # offsets (N + 1,) of the lines' first bytes
-        with open(path, "rb") as file:
+    def __init__(self, folder, stem):
+        self.folder, self.offsets = os.fspath(folder), np.load(folder / f"{stem}.offsets.npy")  # (N + 1,) first bytes of lines
+        with open(folder / f"{stem}.docs.jsonl", "rb") as file:
             self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def __len__(self):
         return len(self.offsets) - 1
 
     def __getitem__(self, i):
-        doc = json.loads(self.bytes[int(self.offsets[i]):int(self.offsets[i + 1])])
-        image = doc["image"] and os.path.normpath(os.path.join(self.home, doc["image"]))
-        return {**doc, "image": image}
+        doc = json.loads(self.bytes[self.offsets[i]:self.offsets[i + 1]])
+        return {**doc, "image": doc["image"] and os.path.normpath(os.path.join(self.folder, doc["image"]))}
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of a base: an index and the documents that its rows stand for, in the same order."""
+    """A part of a base: an index, and the documents that its rows stand for in the same order (a list or a DocFile)."""
     index: object
-    docs: object  # a list, or a DocFile
+    docs: object
 
-    def write(self, folder, stem, home):
-        """Writes index, documents and offsets; `home` is the base's final folder, which image paths are made relative to."""
-        self.index.save(folder / f"{stem}{self.index.suffix}")
-        lengths = [0]
+    @classmethod
+    def build(cls, docs, encoder, options, tick=lambda count: None):
+        """Encodes and indexes a list of documents; `tick` is told how many more are done."""
+        if options.index == "hnsw" and not encoder.normalised:
+            raise ValueError("raw inner products and an HNSW graph do not go together (poor recall): give index 'flat'")
+        index = INDEXES[options.index].empty(encoder.dim, len(docs), options)
+        for start in range(0, len(docs), CHUNK):
+            vectors = encoder.encode_docs(docs[start:start + CHUNK])
+            index.add(vectors)
+            tick(len(vectors))
+        return cls(index, docs)
+
+    def write(self, folder, number, home):
+        """Writes shard `number` into a folder; returns its record for the manifest. Images are stored relative to `home`."""
+        stem, offset, offsets = f"{number:05d}", 0, [0]
+        self.index.save(folder / (stem + self.index.suffix))
         with open(folder / f"{stem}.docs.jsonl", "wb") as file:
             for doc in self.docs:
-                if doc["image"]:
-                    doc = {**doc, "image": os.path.relpath(doc["image"], home)}
-                lengths.append(file.write(json.dumps(doc, ensure_ascii=False).encode() + b"\n"))
-        np.save(folder / f"{stem}.offsets.npy", np.cumsum(lengths, dtype=np.int64))
+                image = doc["image"] and os.path.relpath(doc["image"], home)
+                offset += file.write(json.dumps({**doc, "image": image}, ensure_ascii=False).encode() + b"\n")
+                offsets.append(offset)
+        np.save(folder / f"{stem}.offsets.npy", np.array(offsets))
+        return {"count": len(self.docs), "files": {file.name: checksum(file) for file in sorted(folder.glob(stem + ".*"))}}
+
+    @classmethod
+    def load(cls, folder, number, dim, options):
+        stem = f"{number:05d}"
+        kind = INDEXES[options.index]
+        return cls(kind.load(folder / (stem + kind.suffix), dim, options), DocFile(folder, stem))
 
 
 def checksum(path):
@@ -442,60 +956,63 @@ def checksum(path):
     return {"bytes": os.path.getsize(path), "sha256": digest.hexdigest()}
 
 
-@contextlib.contextmanager
-def fresh_folder(path):
-    """A temporary folder beside `path` that takes its place when the block succeeds and vanishes when it fails."""
-    path = Path(path)
-    if path.exists() and not (path / "manifest.json").exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path}: exists and is no knowledge base: give another place, nothing was overwritten")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield folder
-        put_in_place(folder, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def write_manifest(folder, encoder, options, records):
+    """The last file of a base: what it is made of, and how to tell that nothing changed since."""
+    (folder / "encoder.json").write_text(json.dumps(encoder.state()), encoding="utf-8")
+    body = {"format": FORMAT, "dim": encoder.dim, "count": sum(record["count"] for record in records), "index": asdict(options),
+            "encoder": {"name": encoder.name, "options": encoder.options, "fingerprint": encoder.fingerprint()},
+            "shards": records, "files": {"encoder.json": checksum(folder / "encoder.json")}}
+    text = json.dumps({**body, "sha256": text_sum(body)}, indent=1)
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
+
+
+def text_sum(value):
+    """Checksum of a JSON value, whatever its spacing."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(path):
+    """The manifest of a base, if this program can read it and nobody changed it."""
+    file = Path(path) / "manifest.json"
+    if not file.is_file():
+        raise ValueError(f"{path}: no knowledge base here (no manifest.json): make one with retrieve.py build")
+    manifest = read_json(file)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{file}: not of format {FORMAT}, which this program reads: build the base again")
+    if manifest.pop("sha256", None) != text_sum(manifest):
+        raise ValueError(f"{file}: altered (checksum differs): build the base again")
+    return manifest
+
+
+def check_files(path, manifest):
+    """Compares every file of a base with its manifest: there, size, checksum."""
+    for name, expected in itertools.chain(manifest["files"].items(), *(shard["files"].items() for shard in manifest["shards"])):
+        file = Path(path) / name
+        if not file.is_file():
+            raise ValueError(f"{file}: missing: build the base again")
+        if (size := file.stat().st_size) != expected["bytes"]:
+            raise ValueError(f"{file}: {size} bytes, expected {expected['bytes']} (truncated?): build the base again")
+        if checksum(file) != expected:
+            raise ValueError(f"{file}: altered (checksum differs): build the base again")
 
 
 def put_in_place(folder, path):
-    """Renames a finished folder to `path`; one that stands there is moved aside first and then deleted."""
+    """Renames a finished folder to `path`. A base that stands there is moved aside first, then deleted."""
     os.chmod(folder, 0o755)
     if path.exists():
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-        os.replace(path, aside / "base")
+        os.replace(path, aside / path.name)
         os.replace(folder, path)
         shutil.rmtree(aside)
     else:
         os.replace(folder, path)
 
 
-def read_manifest(path):
-    """The manifest of a base, after its files have been compared with it; ValueError says what does not fit."""
-    path = Path(path)
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise ValueError(f"{path}: no knowledge base here (no manifest.json): build one with retrieve.py build") from None
-    except ValueError:
-        raise ValueError(f"{path}/manifest.json: damaged (not JSON): build the base again") from None
-    wanted = {"format", "encoder", "dim", "options", "count", "shards", "files"}
-    if not isinstance(manifest, dict) or not wanted <= set(manifest):
-        raise ValueError(f"{path}/manifest.json: damaged (expected the fields {sorted(wanted)}): build the base again")
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"{path}: format {manifest['format']}, this program reads {FORMAT}: build the base again")
-    return manifest
-
-
-def check_files(path, manifest):
-    """Compares every file of a base with the manifest: size, then checksum."""
-    for name, expected in manifest["files"].items():
-        file = Path(path) / name
-        if not file.is_file():
-            raise ValueError(f"{file}: missing: build the base again")
-        if file.stat().st_size != expected["bytes"]:
-            raise ValueError(f"{file}: {file.stat().st_size} bytes, expected {expected['bytes']} (truncated?): build the base again")
-        if checksum(file) != expected:
-            raise ValueError(f"{file}: altered (checksum differs): build the base again")
+def check_target(path):
+    """A place that a base may be written to: free, empty, or an older base."""
+    if path.exists() and not (path / "manifest.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path}: exists and is no knowledge base: give another place, nothing was overwritten")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------ the knowledge base
@@ -503,63 +1020,59 @@ def check_files(path, manifest):
 class KnowledgeBase:
     """Documents that can be searched by words, pictures or both."""
 
-    def __init__(self, encoder, shards, options, path=None):
-        self.encoder, self.shards, self.options, self.path = encoder, shards, options, path
+    def __init__(self, encoder, shards, options, device="cpu"):
+        self.encoder, self.shards, self.options, self.device = encoder, shards, options, device
 
     def __len__(self):
         return sum(len(shard.docs) for shard in self.shards)
 
     @classmethod
     def build(cls, docs, encoder, *, index="hnsw", M=16, ef_construction=200, seed=0, threads=0, ef=1500):
-        """Fits the encoder on the documents, encodes and indexes them, all in memory.
+        """Fits the encoder on the documents, encodes and indexes them, all in memory. For large corpora: build_folder.
 
         docs: an iterable of dicts with id, text and optionally title and image (a path). encoder: an Encoder or its name.
         """
         options = IndexOptions(index, M, ef_construction, ef, seed, threads)
         docs = [checked_doc(doc, f"document {i}") for i, doc in enumerate(docs)]
         encoder = load_encoder(encoder) if isinstance(encoder, (str, Path)) else encoder
-        encoder.fit(docs)
-        shards = [Shard(INDEXES[index].build(encoder.encode_docs(docs), options), docs)] if docs else []
-        return cls(encoder, shards, options)
+        encoder, _ = encoder.fitted(docs)
+        return cls(encoder, [Shard.build(docs, encoder, options)] if docs else [], options)
 
     def save(self, path):
-        """Writes the base to a folder, beside it first and then renamed: an interrupted save leaves nothing half-written."""
-        home = os.path.abspath(path)
-        with fresh_folder(path) as folder:
-            (folder / "encoder.json").write_text(json.dumps(self.encoder.state(), ensure_ascii=False), encoding="utf-8")
-            for i, shard in enumerate(self.shards):
-                shard.write(folder, f"{i:05d}", home)
-            manifest = {"format": FORMAT, "encoder": {"name": self.encoder.name, "fingerprint": self.encoder.fingerprint()},
-                        "dim": self.encoder.dim, "options": asdict(self.options), "count": len(self),
-                        "shards": [len(shard.docs) for shard in self.shards],
-                        "files": {file.name: checksum(file) for file in sorted(folder.iterdir())}}
-            (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        """Writes the base as a folder, beside `path` first and then renamed: an interrupted save leaves nothing half-written."""
+        path = Path(os.path.abspath(path))
+        check_target(path)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.new.", dir=path.parent))
+        try:
+            records = [shard.write(folder, number, path) for number, shard in enumerate(self.shards)]
+            write_manifest(folder, self.encoder, self.options, records)
+            put_in_place(folder, path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     @classmethod
-    def load(cls, path, encoder=None):
-        """Opens a saved base. Its files are checked first; `encoder` (an Encoder or a name) must be the one it was built with."""
-        path = Path(path)
+    def load(cls, path, encoder=None, *, device="cpu", ef=None):
+        """Opens a saved base after checking every file of it.
+
+        encoder: an Encoder or a name that must be the one the base was built with; default: the one it names. device: where
+        encoders and exact search run. ef: another one than the base was built with.
+        """
+        path = Path(os.path.abspath(path))
         manifest = read_manifest(path)
         made = manifest["encoder"]
-        name = encoder if isinstance(encoder, (str, Path)) else getattr(encoder, "name", made["name"])
-        if str(name) != made["name"]:
-            raise ValueError(f"{path}: built with encoder {made['name']!r}, not {str(name)!r}: use that one or build anew")
-        check_files(path, manifest)
-        encoder = load_encoder(made["name"], json.loads((path / "encoder.json").read_text(encoding="utf-8")))
+        encoder = made["name"] if encoder is None else encoder
+        if isinstance(encoder, (str, Path)):
+            encoder = load_encoder(encoder, device, **(made["options"] if str(encoder) not in WEIGHT_FREE else {}))
         if (encoder.dim, encoder.fingerprint()) != (manifest["dim"], made["fingerprint"]):
-            raise ValueError(f"{path}: built with dimension {manifest['dim']}, encoder {made['fingerprint']}; this is dimension "
-                             f"{encoder.dim}, encoder {encoder.fingerprint()}: build the base again")
-        options, shards = IndexOptions(**manifest["options"]), []
-        for i, count in enumerate(manifest["shards"]):
-            index = INDEXES[options.index].load(path / f"{i:05d}{INDEXES[options.index].suffix}", encoder.dim, options)
-            docs = DocFile(path / f"{i:05d}.docs.jsonl", np.load(path / f"{i:05d}.offsets.npy"))
-            if not index.count == len(docs) == count:
-                raise ValueError(f"{path}: shard {i} has {index.count} vectors, {len(docs)} documents, expected {count}: build again")
-            shards.append(Shard(index, docs))
-        return cls(encoder, shards, options, path)
+            raise ValueError(f"{path}: built with encoder {made['name']!r} ({made['fingerprint']}, dimension {manifest['dim']}), not "
+                             f"{encoder.name!r} ({encoder.fingerprint()}, dimension {encoder.dim}): use that one or build again")
+        check_files(path, manifest)
+        options = IndexOptions(**{**manifest["index"], **({"ef": ef} if ef else {})})
+        shards = [Shard.load(path, number, encoder.dim, options) for number in range(len(manifest["shards"]))]
+        return cls(encoder.restored(read_json(path / "encoder.json")), shards, options, device)
 
     def search(self, queries, k=5):
-        """The k best documents of each query, best first: a list of Hit a query, shorter where the base holds fewer.
+        """The k best documents of each query, best first: a list of Hit for each, shorter where the base holds fewer.
 
         A query is a string or {"text", "image"}. Equal scores stand in document order.
         """
@@ -571,75 +1084,211 @@ class KnowledgeBase:
         if not queries or not len(self):
             return [[] for _ in queries]
         scores, rows = self.search_vectors(self.encoder.encode_queries(queries), k)
-        return [[self.hit(row, score) for row, score in zip(*pair)] for pair in zip(rows, scores)]
+        return [[self.hit(int(row), float(score)) for row, score in zip(*found)] for found in zip(rows, scores)]
 
     def search_vectors(self, vectors, k, exact=False):
-        """The k best rows for vectors (Q, D): scores (Q, K) float32 and global rows (Q, K) int64, K = min(k, documents)."""
+        """The k best rows for vectors (Q, D): scores (Q, K) float32 and rows (Q, K) int64, K the smaller of k and the base."""
         scores, rows, start = [], [], 0
         for shard in self.shards:
             reach = min(k + OVERFETCH, shard.index.count)
-            s, r = exact_search(shard.index.chunks(), vectors, reach) if exact else shard.index.search(vectors, reach)
-            scores, rows, start = scores + [s], rows + [r + start], start + shard.index.count
-        scores, rows = np.concatenate(scores, 1), np.concatenate(rows, 1)  # (Q, sum of reaches)
-        order = np.lexsort((rows, -scores.round(6)), axis=1)[:, :k]  # equal scores, up to rounding, in document order
-        return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)  # (Q, K) each
+            found = (exact_search(chunks_of(shard.index), vectors, reach, self.device) if exact
+                     else shard.index.search(vectors, reach, self.device))
+            scores, rows, start = scores + [found[0]], rows + [found[1] + start], start + shard.index.count
+        scores, rows = np.concatenate(scores, 1), np.concatenate(rows, 1)  # (Q, sum of reaches) each
+        order = np.lexsort((rows, -scores.round(6)), axis=1)[:, :k]  # equal scores, but for rounding, in document order
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
-    def hit(self, row, score):
-        """The document of a global row."""
+    def place(self, row):
+        """(shard, row in it) of a row of the whole base."""
         for shard in self.shards:
             if row < len(shard.docs):
-                doc = shard.docs[int(row)]
-                return Hit(doc["id"], passage(doc), float(score), doc["image"])
+                return shard, row
             row -= len(shard.docs)
         raise AssertionError("row beyond the last shard")
+
+    def hit(self, row, score):
+        shard, row = self.place(row)
+        doc = shard.docs[row]
+        return Hit(doc["id"], passage(doc), score, doc["image"])
+
+    def recall(self, sample=200, k=10, seed=0):
+        """Recall@k of the index against exact search, 0 to 1: how many of its k hits score as well as the k-th exact one.
+
+        sample: a list of queries, or a number of documents, drawn by seed, whose own vectors are the queries.
+        """
+        if not len(self):
+            return 1.0
+        if isinstance(sample, int):
+            drawn = np.random.default_rng(seed).choice(len(self), min(sample, len(self)), replace=False)
+            places = [self.place(row) for row in drawn]
+            vectors = np.concatenate([shard.index.rows(np.array([row])) for shard, row in places]).astype(np.float32)
+        else:
+            vectors = self.encoder.encode_queries(sample)
+        found, exact = self.search_vectors(vectors, k)[0], self.search_vectors(vectors, k, exact=True)[0]
+        return float((found >= exact[:, -1:] - 1e-5).mean())
+
+
+def build_folder(read, encoder, out, options=IndexOptions(), *, shard=500_000, source="", log=lambda line: None):
+    """Builds a base on disk, shard by shard, in memory bounded by one shard; returns the number of documents.
+
+    read() gives a fresh stream of documents. Killed at any point and started again with the same arguments and the same
+    `source` (any description of the corpus), it goes on after the last finished shard. The base appears under `out` at the end.
+    """
+    out = Path(os.path.abspath(out))
+    check_target(out)
+    work = out.parent / f".{out.name}.building"
+    plan = json.loads(json.dumps({"format": FORMAT, "source": source, "encoder": encoder.fingerprint(), "index": asdict(options), "shard": shard}))
+    encoder, count = begin_or_resume(work, plan, read, encoder, log)
+    stream, records = iter(read()), []
+    progress = Progress(count, log)
+    for number in range(math.ceil(count / shard)):
+        docs, record = list(itertools.islice(stream, shard)), work / "progress" / f"{number}.json"
+        if record.is_file():
+            records.append(read_json(record))
+            progress.add(len(docs), encoded=False)
+            continue
+        records.append(Shard.build(docs, encoder, options, progress.add).write(work, number, out))
+        write_whole(record, records[-1])
+    if sum(record["count"] for record in records) != count or next(stream, None) is not None:
+        raise ValueError(f"{source or 'the corpus'}: changed while it was read: delete {work} and build again")
+    write_manifest(work, encoder, options, records)
+    put_in_place(work, out)
+    shutil.rmtree(out / "progress")
+    return count
+
+
+def begin_or_resume(work, plan, read, encoder, log):
+    """The working folder, made anew unless it holds the same plan: (encoder fitted on the corpus, number of documents)."""
+    begun = work / "progress" / "plan.json"
+    if begun.is_file():
+        known = read_json(begun)
+        if known["plan"] == plan:
+            log(f"going on in {work}")
+            return encoder.restored(known["state"]), known["count"]
+        log(f"{work} was begun with other options or another corpus: starting anew")
+    shutil.rmtree(work, ignore_errors=True)
+    (work / "progress").mkdir(parents=True)
+    encoder, count = encoder.fitted(read())
+    log(f"{count} documents")
+    write_whole(begun, {"plan": plan, "count": count, "state": encoder.state()})
+    return encoder, count
+
+
+def write_whole(path, value):
+    """A JSON file that is there whole or not at all."""
+    new = Path(f"{path}.new")
+    new.write_text(json.dumps(value), encoding="utf-8")
+    os.replace(new, path)
+
+
+class Progress:
+    """Says every few seconds how many documents are done and how long the rest will take."""
+
+    def __init__(self, total, log, every=5.0):
+        self.total, self.log, self.every = total, log, every
+        self.done = self.encoded = 0  # of the whole corpus; of them by this run
+        self.start = self.said = time.monotonic()
+
+    def add(self, count, encoded=True):
+        """`count` more documents are done; encoded=False where an earlier run had done them."""
+        self.done, self.encoded, now = self.done + count, self.encoded + count * encoded, time.monotonic()
+        if encoded and (now - self.said >= self.every or self.done == self.total):
+            self.said, rate = now, self.encoded / max(now - self.start, 1e-9)
+            self.log(f"{self.done} of {self.total} documents, {rate:.0f}/s, {(self.total - self.done) / rate / 60:.1f} min left")
 
 
 # ------------------------------------------------------------------------------------------------ command line
 
+def log_line(line):
+    print(line, file=sys.stderr, flush=True)
+
+
 def build_command(args):
-    kb = KnowledgeBase.build(read_docs(args.docs), args.encoder, index=args.index, M=args.M, ef=args.ef,
-                             ef_construction=args.ef_construction, seed=args.seed, threads=args.threads)
-    kb.save(args.out)
-    print(f"{args.out}: {len(kb)} documents, encoder {kb.encoder.name}, dimension {kb.encoder.dim}, index {args.index}")
+    """Reads a corpus, writes a base."""
+    chosen = {f.name: getattr(args, f.name) for f in fields(EncoderOptions) if getattr(args, f.name) != f.default}
+    encoder = load_encoder(args.encoder, args.device, **chosen)
+    index = IndexOptions(**{f.name: getattr(args, f.name) for f in fields(IndexOptions)})
+    files = sorted(p for p in Path(args.docs).rglob("*") if p.is_file()) if os.path.isdir(args.docs) else [Path(args.docs)]
+    if missing := [str(file) for file in files if not file.is_file()]:
+        raise ValueError(f"{missing[0]}: no such file")
+    source = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    count = build_folder(lambda: READERS[args.format](args.docs, args.images), encoder, args.out, index,
+                         shard=args.shard, source=[args.format, args.images, source], log=log_line)
+    print(f"{args.out}: {count} documents, encoder {encoder.name}, dimension {encoder.dim}, index {index.index}")
 
 
 def search_command(args):
+    """Prints score, id and text of the best documents."""
     if not args.query.strip() and not args.image:
         raise ValueError("the query is empty: give some words, --image, or both")
-    kb = KnowledgeBase.load(args.kb)
-    for hit in kb.search([{"text": args.query, "image": args.image}], args.k)[0]:
+    base = KnowledgeBase.load(args.kb, device=args.device, ef=args.ef)
+    for hit in base.search([{"text": args.query, "image": args.image}], args.k)[0]:
         print(f"{hit.score:.4f}  {hit.id}  {hit.text}" + (f"  [{hit.image}]" if hit.image else ""))
 
 
-def parser():
+def info_command(args):
+    """Prints what a base is made of, without opening its indexes."""
+    manifest = read_manifest(args.kb)
+    files = [f for part in (manifest, *manifest["shards"]) for f in part["files"].values()]
+    shown = {"documents": manifest["count"], "encoder": manifest["encoder"], "dimension": manifest["dim"],
+             "index": manifest["index"], "shards": len(manifest["shards"]), "bytes": sum(f["bytes"] for f in files)}
+    print(json.dumps(shown, ensure_ascii=False))
+
+
+def check_command(args):
+    """Compares all checksums, then measures recall."""
+    base = KnowledgeBase.load(args.kb, device=args.device, ef=args.ef)
+    print(json.dumps({"documents": len(base), "checksums": "ok", f"recall@{args.k}": round(base.recall(args.sample, args.k), 4)}))
+
+
+def add_flags(parser, kind):
+    """One flag for each field of an options dataclass."""
+    for f in fields(kind):
+        flag, text = f"--{f.name.replace('_', '-')}", f.metadata["help"]
+        if type(f.default) is bool:
+            parser.add_argument(flag, dest=f.name, default=f.default, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(flag, dest=f.name, default=f.default, type=type(f.default), help=f"{text} [{f.default}]")
+
+
+def parse_arguments():
     """The commands and their flags."""
-    defaults = IndexOptions()
-    top = argparse.ArgumentParser(prog="retrieve.py", description="Build and search knowledge bases.")
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
-    build = commands.add_parser("build", help="encode and index documents")
-    build.add_argument("docs", help="JSONL file with id, text and optionally title, image")
+    top = argparse.ArgumentParser(prog="retrieve.py", description="Build, search and check knowledge bases.")
+    commands = top.add_subparsers(required=True, metavar="build | search | info | check")
+    build = commands.add_parser("build", help="encode and index a corpus; a killed build goes on when started again")
+    build.add_argument("docs", help="the corpus: a file, or for wiki also a folder")
     build.add_argument("--out", required=True, help="folder of the base")
-    build.add_argument("--encoder", default="lexical", help="lexical or pixel")
-    build.add_argument("--index", default=defaults.index, choices=list(INDEXES), help="graph or exact search")
-    for name in ("M", "ef_construction", "ef", "seed", "threads"):
-        build.add_argument(f"--{name.replace('_', '-')}", dest=name, type=int, default=getattr(defaults, name))
-    build.set_defaults(run=build_command)
+    build.add_argument("--format", default="plain", choices=list(READERS), help="of the corpus [plain JSONL]")
+    build.add_argument("--images", help="folder that image paths start from [the file's own]")
+    build.add_argument("--encoder", default="lexical", help="lexical, pixel or a model directory [lexical]")
+    build.add_argument("--shard", type=int, default=500_000, help="documents of a shard [500000]")
+    add_flags(build, EncoderOptions)
+    add_flags(build, IndexOptions)
     search = commands.add_parser("search", help="print the best documents for a query")
-    search.add_argument("kb", help="folder of the base")
+    info = commands.add_parser("info", help="print what a base is made of")
+    check = commands.add_parser("check", help="compare checksums, measure recall against exact search")
+    for command in (search, info, check):
+        command.add_argument("kb", help="folder of the base")
     search.add_argument("query", nargs="?", default="", help="words")
-    search.add_argument("--image", help="path of a picture that belongs to the query")
-    search.add_argument("-k", type=int, default=5, help="number of hits")
-    search.set_defaults(run=search_command)
-    return top
+    search.add_argument("--image", help="a picture that belongs to the query")
+    check.add_argument("--sample", type=int, default=200, help="documents that serve as queries [200]")
+    for command, k in ((search, 5), (check, 10)):
+        command.add_argument("-k", type=int, default=k, help=f"hits of a query [{k}]")
+        command.add_argument("--ef", type=int, help="candidates looked at, instead of the base's own number")
+    for command, run in ((build, build_command), (search, search_command), (info, info_command), (check, check_command)):
+        command.set_defaults(run=run)
+        command.add_argument("--device", default="cpu", help="where encoders and exact search run [cpu]")
+    return top.parse_args()
 
 
 def main():
     """Runs a command; a user's mistake is one line on stderr and exit code 2."""
-    args = parser().parse_args()
+    args = parse_arguments()
     try:
         args.run(args)
     except ValueError as error:
-        sys.exit(print(f"retrieve.py: {error}", file=sys.stderr) or 2)
+        print(f"retrieve.py: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

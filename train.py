@@ -14,21 +14,32 @@ Deviations from the paper and from the released code, with the reason
     * A prompt that is too long is counted and left out. It is never cut: cutting loses the question.
 """
 import argparse
+import copy
 import json
 import math
 import os
 import random
+import re
 import shutil
+import signal
+import subprocess
 import sys
 import time
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from infer import (IMAGE, ROUTES, conversation, render_answer, render_route)
-from model import VLM, Processor, load_picture, write_json
+from grpo import RewardOptions, answer_reward, group_advantages, grpo_loss, similarity_table, step_reward
+from infer import (BASES, IMAGE, ROUTES, Router, Search, answer_scores, conversation, evaluate, golds_of, load_questions, render_answer,
+                   render_route, world_bases)
+from model import VLM, Processor, add_lora, load_adapter, lora_disabled, read_json, save_adapter, write_json
+from retrieve import load_encoder
+
+HERE = Path(__file__).resolve().parent
 
 # ---------------------------------------------------------------------------------------------------------------------- options
 
@@ -57,6 +68,10 @@ class Options:
     threads: int = option(0, "CPU threads of torch; 0 leaves torch's choice")
     save_every: int = option(200, "updates between checkpoints")
     log_every: int = option(10, "updates between lines on the screen; the log file has every one")
+    minutes: float = option(0.0, "end after this many minutes, whatever --steps says; 0: no limit")
+    val_world: str = option("", "a world to validate on through the router, for the choice of the best checkpoint")
+    val_every: int = option(0, "updates between validations; 0: none")
+    val_questions: int = option(260, "questions of a validation")
 
 
 @dataclass(frozen=True)
@@ -104,6 +119,10 @@ class StepExample:
         """The chat that the processor takes: a picture stands where the problem ends with its marker."""
         image = self.images[0] if self.images and self.problem.endswith(IMAGE) else None
         return conversation(self.system, self.problem, image)
+
+    def as_published(self):
+        """The step as a published row has it, for the reward."""
+        return {"step_type": self.kind, "answer": self.answer}
 
     def target(self):
         """The right output as text."""
@@ -202,21 +221,43 @@ def make_batch(processor, examples, max_positions, device):
 class Run:
     """The folder of a run: what was asked for, what happened, and checkpoints from which it goes on."""
 
-    def __init__(self, options, model, processor):
-        self.o, self.model, self.processor = options, model, processor
+    def __init__(self, options, model, processor, prompts):
+        self.o, self.model, self.processor, self.prompts = options, model, processor, prompts
         self.path = Path(options.out)
         self.path.mkdir(parents=True, exist_ok=True)
-        decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-        others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-        self.optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.names = {id(p): name for name, p in trained}
+        self.optimizer = torch.optim.AdamW([{"params": [p for _, p in trained if p.dim() > 1], "weight_decay": options.weight_decay},
+                                            {"params": [p for _, p in trained if p.dim() <= 1], "weight_decay": 0.0}],
                                            lr=options.learning_rate, betas=(options.beta1, options.beta2), fused=True)
-        self.names = {id(p): name for name, p in model.named_parameters()}
         self.generator = torch.Generator(options.device).manual_seed(options.seed)
         self.state = {"step": 0, "seconds": 0.0, "tokens": 0, "best": None}
         self.resume()
         write_json(self.path / "options.json", asdict(options))
-        self.started = time.time() - self.state["seconds"]
-        self.recent = []
+        self.started, self.recent, self.signal = time.time() - self.state["seconds"], [], None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda which, _: setattr(self, "signal", which))
+
+    def steps(self):
+        """The numbers of the updates still to do. Validates and saves between them; a signal ends the run behind the update under way."""
+        for step in range(self.state["step"], self.o.steps):
+            if self.progress(step) >= 1:
+                break
+            yield step
+            over = step + 1 == self.o.steps or self.progress(step + 1) >= 1
+            best = self.validate(step + 1) if self.o.val_every and ((step + 1) % self.o.val_every == 0 or over) else False
+            if best or over or self.signal or (step + 1) % self.o.save_every == 0:
+                self.save(best)
+            if self.signal:
+                print(f"train.py: stopped after step {step + 1}; the same command continues", file=sys.stderr)
+                sys.exit(128 + self.signal)
+        print(json.dumps({"run": str(self.path), "steps": self.state["step"], "seconds": round(self.state["seconds"], 1),
+                          "tokens": self.state["tokens"], "best": self.state["best"]}))
+
+    def progress(self, step):
+        """Share of the run that is behind us, by updates or by the clock, whichever is further."""
+        clock = (time.time() - self.started) / (60 * self.o.minutes) if self.o.minutes else 0.0
+        return max(step / self.o.steps, clock)
 
     def resume(self):
         """Continue from `last`, where there is one: weights, optimizer, random state, counters. Log lines of lost steps are dropped."""
@@ -224,17 +265,20 @@ class Run:
         if not last.exists():
             (self.path / "log.jsonl").unlink(missing_ok=True)
             return
-        asked, was = asdict(self.o), json.loads((self.path / "options.json").read_text())
-        if different := [k for k in asked if k not in ("out", "steps", "save_every", "log_every", "threads") and list_of(asked[k]) != was.get(k)]:
+        asked, was = asdict(self.o), read_json(self.path / "options.json")
+        free = ("out", "steps", "minutes", "save_every", "log_every", "threads")
+        if different := [k for k in asked if k not in free and list_of(asked[k]) != was.get(k)]:
             raise ValueError(f"{self.path} holds a run with another --{different[0].replace('_', '-')} ({was.get(different[0])}); name another --out, or remove it")
-        self.state = json.loads((last / "trainer.json").read_text())
+        self.state = read_json(last / "trainer.json")
         stored = load_file(last / "trainer.safetensors", device="cpu")
-        weights = VLM.from_pretrained(last, dtype=next(self.model.parameters()).dtype).state_dict()
-        self.model.load_state_dict(weights)
+        if hasattr(self.model, "lora"):
+            load_adapter(self.model, last)
+        else:
+            self.model.load_state_dict(VLM.from_pretrained(last, dtype=next(self.model.parameters()).dtype).state_dict())
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 name = self.names[id(p)]
-                self.optimizer.state[p] = {key: stored[f"{key}.{name}"].to(p.device if key != "step" else "cpu") for key in ("step", "exp_avg", "exp_avg_sq")}
+                self.optimizer.state[p] = {key: stored[f"{key}.{name}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
         self.generator.set_state(stored["generator"])
         log = self.path / "log.jsonl"
         kept = [line for line in log.read_text().splitlines(True) if json.loads(line)["step"] <= self.state["step"]]
@@ -245,11 +289,11 @@ class Run:
     def learning_rate(self, step):
         """Linear warm-up, then constant, then a linear fall to a tenth over the last `decay` of the run."""
         o = self.o
-        fall = 1.0 if o.decay == 0 else 0.1 + 0.9 * min(1.0, (1 - step / o.steps) / o.decay)
-        return o.learning_rate * min(1.0, (step + 1) / max(1, o.warmup)) * fall
+        fall = 1.0 if o.decay == 0 else 0.1 + 0.9 * min(1.0, (1 - self.progress(step)) / o.decay)
+        return o.learning_rate * min(1.0, (step + 1) / max(1, o.warmup)) * max(0.1, fall)
 
     def update(self, step):
-        """Clip the gradient and take one step of AdamW. Returns the gradient's norm; a NaN ends the run before it touches the weights."""
+        """Clip the gradient and take one step of AdamW. A gradient that is not finite ends the run before it touches the weights."""
         rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -267,13 +311,30 @@ class Run:
         row = {**row, "seconds": round(self.state["seconds"], 2)}
         with open(self.path / "log.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
+        if "validation" in row:
+            return
         self.recent.append(row)
         if row["step"] % self.o.log_every == 0 or row["step"] == self.o.steps:
-            mean = lambda k: sum(r[k] for r in self.recent) / len(self.recent)
-            shown = "  ".join(f"{k} {mean(k):.4g}" for k in row if k not in ("step", "seconds") and isinstance(row[k], (int, float)))
-            left = self.state["seconds"] / row["step"] * (self.o.steps - row["step"])
-            print(f"step {row['step']}/{self.o.steps}  {shown}  {row['seconds']:.0f} s, {left:.0f} s left", flush=True)
+            known = {k: [r[k] for r in self.recent if isinstance(r.get(k), (int, float))] for k in row if k not in ("step", "seconds")}
+            shown = "  ".join(f"{k} {sum(v) / len(v):.3g}" for k, v in known.items() if v)
+            done = max(self.progress(row["step"]), 1e-6)
+            print(f"step {row['step']}/{self.o.steps}  {shown}  {row['seconds']:.0f} s, {row['seconds'] * (1 - done) / done:.0f} s left", flush=True)
             self.recent = []
+
+    def validate(self, step):
+        """Answer the validation world's questions greedily through the router. Returns whether this is the best score so far."""
+        rows, _ = load_questions(Path(self.o.val_world) / "questions.jsonl", limit=self.o.val_questions)
+        router = Router(self.model, self.processor, world_bases(self.o.val_world), prompts=self.prompts, max_new_tokens=64)
+        before = time.time()
+        scores = evaluate(router.run(rows))
+        self.started += time.time() - before                             # validation is not training time
+        self.log({"step": step, "validation": scores})
+        print(f"validation after step {step}: F1-Recall {scores['f1_recall']:.3f}, routing {scores['route_accuracy']:.3f}, retrievals "
+              f"{scores['retrievals']:.2f} (gold {scores['gold_retrievals']:.2f}), malformed {scores['malformed']:.3f}", flush=True)
+        better = self.state["best"] is None or scores["f1_recall"] > self.state["best"]["f1_recall"]
+        if better:
+            self.state["best"] = {"step": step, "f1_recall": scores["f1_recall"]}
+        return better
 
     def save(self, best=False):
         """Write a checkpoint under its own name, then let the link `last` (and `best`) point to it: a kill at any moment leaves a whole one."""
@@ -282,7 +343,7 @@ class Run:
         if not folder.exists():
             new = self.path / (name + ".new")
             shutil.rmtree(new, ignore_errors=True)
-            write_model(new, self.model, self.o.model)
+            write_model(new, self.model, self.o.model, self.prompts)
             stored = {f"{key}.{self.names[id(p)]}": value for p, s in self.optimizer.state.items() for key, value in s.items()}
             save_file({k: v.contiguous().cpu() for k, v in stored.items()} | {"generator": self.generator.get_state()}, new / "trainer.safetensors")
             write_json(new / "trainer.json", self.state)
@@ -301,13 +362,15 @@ def list_of(value):
     return list(value) if isinstance(value, tuple) else value
 
 
-def write_model(path, model, origin, dtype=None):
-    """A model directory: our weights, and tokenizer, picture settings and prompts of the directory that training started from."""
+def write_model(path, model, origin, prompts, dtype=None):
+    """A model directory: our weights (or adapter), and tokenizer, picture settings and prompts of the directory that training started from."""
     path.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json", "prompts.json", "chat_template.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json", "chat_template.json"):
         if (Path(origin) / name).exists():
             shutil.copy(Path(origin) / name, path / name)
-    model.save_pretrained(path, dtype)
+    if prompts:
+        write_json(path / "prompts.json", prompts)
+    save_adapter(model, path) if hasattr(model, "lora") else model.save_pretrained(path, dtype)
 
 
 def open_model(options):
@@ -345,14 +408,12 @@ def start_previous_token_head(model, layers=(0, 1), strength=10.0):
 # ---------------------------------------------------------------------------------------------------------------------- supervised
 
 
-def prompts_of(sources):
-    """The system prompts that step files use most, for prompts.json: route, answer, final."""
-    counts = {"route": {}, "answer": {}, "final": {}}
-    for _, examples, _ in sources[:1]:
-        for e in examples:
-            seen = counts["route" if e.kind == "ret" else "final" if e.final else "answer"]
-            seen[e.system] = seen.get(e.system, 0) + 1
-    return {kind: max(seen, key=seen.get) for kind, seen in counts.items() if seen}
+def prompts_of(examples):
+    """The system prompts that steps were written with, for prompts.json: the most frequent one of route, answer and final steps."""
+    counts = {"route": Counter(), "answer": Counter(), "final": Counter()}
+    for e in examples:
+        counts["route" if e.kind == "ret" else "final" if e.final else "answer"][e.system] += 1
+    return {kind: seen.most_common(1)[0][0] for kind, seen in counts.items() if seen}
 
 
 def read_sources(specs):
@@ -376,10 +437,10 @@ def sft(o):
         start_previous_token_head(model)
     sources = read_sources(o.data)
     mixture = Mixture(sources, o.tokens, o.seed)
-    run = Run(o, model, processor)
+    run = Run(o, model, processor, prompts_of(sources[0][1]))
     pool, place = run.state.setdefault("place", [0, 0])
     batches = mixture.batches(pool)
-    for step in range(run.state["step"], o.steps):
+    for step in run.steps():
         if place == len(batches):
             pool, place = pool + 1, 0
             batches = mixture.batches(pool)
@@ -393,13 +454,417 @@ def sft(o):
         run.state["place"] = [pool, place]
         run.log({"step": step + 1, "loss": loss.item(), "examples": len(batches[place - 1]), "tokens": batch["input_ids"].numel(),
                  "too_long": too_long, **metrics})
-        if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
-            run.save()
-    write_json(run.path / "last" / "prompts.json", prompts_of(sources))
-    print(json.dumps({"run": str(run.path), "steps": o.steps, "seconds": round(run.state["seconds"], 1), "tokens": run.state["tokens"]}))
 
 
-COMMANDS = {"sft": (SftOptions, sft)}
+# ---------------------------------------------------------------------------------------------------------------------- Step-GRPO
+
+
+@dataclass(frozen=True)
+class GrpoOptions(Options):
+    """Options of Step-GRPO and of its ablations."""
+    mode: str = option("online", "offline: step files with gold history; online: live trajectories, a group a step; outcome: a group a question",
+                       choices=("offline", "online", "outcome"))
+    data: tuple = option((), "offline: step files", nargs="+")
+    world: str = option("data/train", "online, outcome: a world to practise in (made by world.py where it is missing)")
+    encoder: str = option("lexical", "offline: the encoder that measures similarity; online takes the text base's")
+    prompts: int = option(32, "step prompts an update (offline, online)")
+    questions: int = option(8, "questions an update (outcome)")
+    group: int = option(8, "samples of a prompt: the group G")
+    temperature: float = option(1.0, "of sampling, and of the log-probabilities in the loss")
+    max_new_tokens: int = option(64, "longest output")
+    balance: bool = option(True, "draw step prompts evenly over their gold route (offline, online), questions over their routes (outcome)")
+    answer_share: float = option(0.25, "share of answering steps among the prompts, where they are balanced")
+    rest: float = option(0.8, "how far prompts that are always solved are drawn less often: 0 not at all, 1 never again")
+    follow: str = option("random", "online: the candidate that the trajectory goes on with", choices=("random", "best"))
+    open_questions: int = option(160, "online: trajectories that are under way at once")
+    k: int = option(2, "online, outcome: passages of evidence")
+    max_steps: int = option(4, "online, outcome: sub-questions at most")
+    form: str = option("strict", "of the reward: strict pays only what the router can read, published searches for tags", choices=("strict", "published"))
+    similarity_weight: float = option(0.5, "of the routing reward")
+    route_weight: float = option(0.5, "of the routing reward")
+    answer_rule: str = option("published", "of the answering reward", choices=("published", "recall", "f1", "exact"))
+    price: float = option(0.0, "taken off the reward for each retrieval asked for")
+    scale: bool = option(True, "divide advantages by the group's standard deviation")
+    clip: float = option(0.2, "the ratio is clipped below 1 - clip")
+    clip_high: float = option(0.2, "the ratio is clipped above 1 + clip_high")
+    kl_coef: float = option(0.0, "weight of the KL term; 0 computes no reference")
+    entropy_coef: float = option(0.0, "bonus for entropy on the tokens between the ret tags")
+    level: str = option("token", "mean over all tokens, or over outputs", choices=("token", "sequence"))
+    updates: int = option(1, "passes over a batch of samples; above 1 the clip matters")
+    tokens: int = option(8192, "token budget of a micro-batch of the update, prompts and responses")
+    lora_rank: int = option(0, "train an adapter of this rank instead of all weights; 0 trains all")
+    lora_alpha: float = option(32.0, "the adapter is scaled by alpha / rank")
+    drop: tuple = option((), "offline: rows to leave out", nargs="*", choices=("no_picture", "repeats", "no_information"))
+
+
+@dataclass
+class Group:
+    """G outputs of one prompt, what each earned, and where they belong."""
+    conversation: list
+    prompt_ids: tuple
+    candidates: tuple
+    rewards: list                       # of floats
+    parts: list                         # of grpo.Reward, for the log
+    label: str                          # gold route or "answer": what the log and the balance go by
+    advantages: torch.Tensor | None = None
+
+    @property
+    def mixed(self):
+        """Whether the outputs earned different rewards: only then the group says what was better."""
+        return max(self.rewards) > min(self.rewards)
+
+    @property
+    def size(self):
+        return len(self.prompt_ids) + sum(len(c.token_ids) for c in self.candidates)
+
+
+class Interest:
+    """How often the groups of a kind of prompt were mixed lately. Prompts that are always solved (or never) teach nothing."""
+    def __init__(self, rest, state):
+        self.rest, self.mixed = rest, state
+
+    def weight(self, key):
+        return 1 - self.rest * (1 - self.mixed.get(key, 1.0))
+
+    def learn(self, key, mixed):
+        self.mixed[key] = 0.9 * self.mixed.get(key, 1.0) + 0.1 * mixed
+
+    def choose(self, items, count, key, rng):
+        """Draw without replacement, by weight (Efraimidis and Spirakis: the largest u ** (1 / w))."""
+        return sorted(items, key=lambda x: rng.random() ** (1 / max(1e-6, self.weight(key(x)))), reverse=True)[:count]
+
+
+def quotas(o, labels):
+    """How many prompts of each label an update gets: the routes evenly, answers their share. labels: those there are."""
+    routes = [x for x in labels if x != "answer"]
+    answers = round(o.prompts * o.answer_share) if "answer" in labels else 0
+    return {**{r: (o.prompts - answers) // len(routes) for r in routes}, **({"answer": answers} if answers else {})}
+
+
+def balanced(o, items, label, key, interest, rng):
+    """Draw o.prompts of the items: evenly over their gold routes, or as they come.
+
+    Why evenly: inside a group the right route always wins, but the update is a sum over groups. Where one route is rare among the prompts
+    (pictures are 4 %), the push towards the other routes everywhere is stronger than the push towards it on its own prompts; it is sampled
+    less and less, and a route that is never sampled has no advantage to learn from. With even shares nothing is gained by liking a route.
+    """
+    if not o.balance:
+        return interest.choose(items, o.prompts, key, rng)
+    by = {}
+    for x in items:
+        by.setdefault(label(x), []).append(x)
+    chosen = [x for name, count in quotas(o, by).items() for x in interest.choose(by[name], count, key, rng)]
+    taken = set(map(id, chosen))
+    return chosen + interest.choose([x for x in items if id(x) not in taken], o.prompts - len(chosen), key, rng)
+
+
+class Offline:
+    """The released recipe: step prompts with gold history from step files, nothing is retrieved."""
+
+    def __init__(self, o, run, router):
+        self.o, self.run, self.router = o, run, router
+        rows = [row for name in o.data for row in read_steps(name)]
+        kept, self.counts = clean_rows(rows, o.drop)
+        print(f"{len(rows)} rows: " + ", ".join(f"{n} {name}" for name, n in self.counts.items()) + f"; {len(kept)} are trained on", file=sys.stderr)
+        self.steps = [step for row in kept for step in row]
+        queries = [s.answer["query"] for s in self.steps if s.kind == "ret"]
+        self.encoder = load_encoder(o.encoder)
+        self.encoder.fit([{"text": q} for q in queries])
+        self.interest = Interest(o.rest, run.state.setdefault("interest", {}))
+
+    def sample(self, step, rng):
+        o, place = self.o, {id(s): str(i) for i, s in enumerate(self.steps)}
+        chosen = balanced(o, self.steps, gold_label, lambda s: place[id(s)], self.interest, rng)
+        outputs = self.router.sample([s.conversation() for s in chosen], self.run.generator, o.group)
+        scored = score(o, [(c, [s.as_published()]) for s, (_, cs) in zip(chosen, outputs) for c in cs], self.encoder)
+        groups = []
+        for s, (ids, candidates) in zip(chosen, outputs):
+            parts = [scored.pop(0) for _ in candidates]
+            if candidates:
+                groups.append(Group(s.conversation(), ids, candidates, [p.total for p in parts], parts, gold_label(s)))
+                self.interest.learn(place[id(s)], groups[-1].mixed)
+        return groups, {"too_long": len(chosen) - len(groups)}
+
+
+def gold_label(step):
+    """"answer", or the gold route of a routing step."""
+    return "answer" if step.kind == "ans" else step.answer["retriever"][0].strip().lower()
+
+
+def clean_rows(rows, drop):
+    """Count what is odd in published rows, and leave out what `drop` names.
+
+    no_picture: its file is missing (such a row cannot be asked as it was meant, it is always left out); repeats: a sub-question comes twice;
+    no_information: an intermediate gold says that there is none.
+    """
+    def faults(row):
+        asked = [s.answer["query"].strip().lower() for s in row if s.kind == "ret" and s.answer["query"].strip().lower() != "none"]
+        return {"no_picture": any(not Path(i).is_file() for s in row for i in s.images), "repeats": len(set(asked)) < len(asked),
+                "no_information": any(s.kind == "ans" and not s.final and NO_INFORMATION.search(s.answer) for s in row)}
+    found = [faults(row) for row in rows]
+    kept = [row for row, f in zip(rows, found) if not any(f[name] for name in {*drop, "no_picture"})]
+    if not kept:
+        raise ValueError("no row is left to train on: every picture is missing, or --drop leaves all out; paths are relative to the step file")
+    return kept, {name: sum(f[name] for f in found) for name in ("no_picture", "repeats", "no_information")}
+
+
+NO_INFORMATION = re.compile(r"\b(no|not|does not|doesn't|cannot|can't) (provide|contain|mention|enough|sufficient|specific|relevant|direct|be determined|information)", re.I)
+
+
+def score(o, asked, encoder):
+    """Rewards of (candidate, [gold steps that would be right]): each by the gold step nearest to it. One call of the encoder for all."""
+    options = RewardOptions(o.form, o.similarity_weight, o.route_weight, o.answer_rule, o.price)
+    pairs = [(c.text, gold) for c, golds in asked for gold in golds]
+    similarity = similarity_table([t for t, _ in pairs], [g for _, g in pairs], encoder.encode_queries, o.form)
+    nearest = lambda rewards: max(rewards, key=lambda r: (r.similarity or 0.0, r.total))
+    return [nearest([step_reward(c.text, gold, similarity, options) for gold in golds]) for c, golds in asked]
+
+
+class Live:
+    """A question under way: where its trajectory stands, and which of its gold hops are still open."""
+
+    def __init__(self, question):
+        self.q, self.row = question, question.row
+        self.open, self.asked = list(question.row["hops"]), None
+
+    @property
+    def request(self):
+        return self.q.request
+
+    def golds(self):
+        """The gold steps that would be right now, as a published file has them; [] where nothing can be judged."""
+        if self.request.kind == "final":
+            return [{"step_type": "ans", "answer": self.row["answer"]}]
+        if self.request.kind == "answer":
+            return [{"step_type": "ans", "answer": self.asked["answer"]}] if self.asked else []
+        hops = self.open or [{"query": "none", "retriever": "none"}]
+        return [{"step_type": "ret", "answer": {"query": h["query"], "retriever": [h["retriever"]]}} for h in hops]
+
+    def label(self):
+        if self.request.kind != "route":
+            return "answer"
+        return self.open[0]["retriever"] if self.open else "none"
+
+    def key(self):
+        return f"{self.row.get('kind')} {self.request.kind} {len(self.open)}"
+
+    def go_on(self, step):
+        """Follow one candidate. A hop is closed once it was asked for and answered rightly."""
+        if step.kind == "route" and step.route:
+            same = [h for h in self.open if h["query"].lower() == step.parsed.query.lower()]
+            self.asked = same[0] if same else None
+        elif step.kind == "answer" and self.asked and answer_reward(step.answer, self.asked["answer"]) == 1:
+            self.open.remove(self.asked)
+        self.q.go_on(step)
+
+
+class Online:
+    """Live trajectories: G candidates for each step from one history, one is followed, its own evidence enters the next prompt."""
+
+    def __init__(self, o, run, router):
+        self.o, self.run, self.router = o, run, router
+        self.rows = practice_rows(o.world)
+        self.live, self.serial = [], 0
+        self.interest = Interest(o.rest, run.state.setdefault("interest", {}))
+        self.by_first = {}
+        for row in self.rows:
+            self.by_first.setdefault(row["hops"][0]["retriever"] if row["hops"] else "none", []).append(row)
+
+    def new_question(self, rng):
+        """Questions are drawn so that first steps, too, are even over the routes."""
+        pool = self.by_first[rng.choice(sorted(self.by_first))] if self.o.balance else self.rows
+        row = self.interest.choose(rng.sample(pool, min(4, len(pool))), 1, lambda r: f"{r.get('kind')} route {len(r['hops'])}", rng)[0]
+        self.serial += 1
+        return Live(self.router.open(self.serial, row))
+
+    def sample(self, step, rng):
+        o = self.o
+        while len(self.live) < o.open_questions:
+            self.live.append(self.new_question(rng))
+        judged = [x for x in self.live if x.golds()]
+        chosen = balanced(o, judged, Live.label, Live.key, self.interest, rng)
+        taken = set(map(id, chosen))
+        passed = [x for x in self.live if id(x) not in taken and x.request.kind != "route"]       # read on with one sample, without training
+        groups = self.advance(chosen, o.group, rng) + self.advance(passed, 1, rng)
+        self.router.search([x.q for x in self.live if isinstance(x.request, Search)])
+        self.live = [x for x in self.live if x.request is not None]
+        return groups, {"too_long": len(chosen) - len(groups)}
+
+    def advance(self, states, n, rng):
+        """Sample n candidates for each state, score them, follow one. Returns the groups where n > 1."""
+        o, groups = self.o, []
+        outputs = self.router.sample([x.q.conversation(self.router.prompts) for x in states], self.run.generator, n) if states else []
+        scored = score(o, [(c, x.golds()) for x, (_, cs) in zip(states, outputs) for c in cs if n > 1], self.router.bases["text"].encoder)
+        for x, (ids, candidates) in zip(states, outputs):
+            parts = [scored.pop(0) for _ in candidates] if n > 1 else []
+            best = max(range(len(parts)), key=lambda i: parts[i].total) if o.follow == "best" and parts else rng.randrange(max(1, len(candidates)))
+            followed = self.router.step(x.q, ids, candidates, best)
+            if parts:
+                groups.append(Group(followed.conversation, ids, candidates, [p.total for p in parts], parts, x.label()))
+                self.interest.learn(x.key(), groups[-1].mixed)
+            x.go_on(followed)
+        return groups
+
+
+class Outcome:
+    """Trajectory-level GRPO: G trajectories of a question are the group, the recall of the final answer is the only reward."""
+
+    def __init__(self, o, run, router):
+        self.o, self.run, self.router = o, run, router
+        self.rows = practice_rows(o.world)
+        self.by_routes = {}
+        for row in self.rows:
+            self.by_routes.setdefault(" ".join(h["retriever"] for h in row["hops"]), []).append(row)
+
+    def sample(self, step, rng):
+        o, pick = self.o, lambda: rng.choice(self.by_routes[rng.choice(sorted(self.by_routes))] if o.balance else self.rows)
+        rows = [pick() for _ in range(o.questions)]
+        trajectories = self.router.run([row for row in rows for _ in range(o.group)], generator=self.run.generator)
+        rewards = [0.0 if t.malformed else answer_scores(t.answer, golds_of(t.row))[1] for t in trajectories]
+        advantages = group_advantages(torch.tensor(rewards), torch.arange(len(rows)).repeat_interleave(o.group), o.scale)
+        groups = []
+        for i in range(0, len(trajectories), o.group):
+            same = {}                                                 # steps of the group that saw the same prompt are updated together
+            for t, r, a in zip(trajectories[i:i + o.group], rewards[i:], advantages[i:].tolist()):
+                for s in (s for s in t.steps if s.candidates):
+                    key = (s.prompt_ids, str(t.row.get("image")))
+                    same.setdefault(key, []).append((s, r, a))
+            for (ids, _), members in same.items():
+                g = Group(members[0][0].conversation, ids, tuple(s.candidates[0] for s, _, _ in members), [r for _, r, _ in members], [], "outcome")
+                g.advantages = torch.tensor([a for _, _, a in members])
+                groups.append(g)
+        return groups, {"reward": sum(rewards) / len(rewards), "retrievals": sum(t.retrievals for t in trajectories) / len(rewards),
+                        "malformed": sum(t.malformed > 0 for t in trajectories) / len(rewards), "too_long": sum(t.too_long for t in trajectories)}
+
+
+def practice_rows(world):
+    """The questions of a world with gold hops."""
+    rows, faults = load_questions(Path(world) / "questions.jsonl")
+    if faults or any("hops" not in row for row in rows):
+        raise ValueError(f"--world {world}: " + (faults[0] if faults else "questions without gold hops cannot be rewarded step by step"))
+    return rows
+
+
+def route_tokens(processor, candidate):
+    """True at the tokens between <ret> and </ret>: where the route is chosen."""
+    pieces = [processor.decode([i]) for i in candidate.token_ids]
+    text = "".join(pieces)
+    start, end = text.find("<ret>"), text.find("</ret>")
+    place, inside = 0, []
+    for piece in pieces:
+        inside.append(start + len("<ret>") <= place < end)
+        place += len(piece)
+    return inside
+
+
+def pack(processor, groups, device, entropy):
+    """Groups -> the inputs of model.group_log_probs, and old log-probabilities, advantages and route tokens of the same shape.
+
+    Groups of different sizes (outcome mode) are filled up with empty responses, which the mask keeps out.
+    """
+    batch = processor([g.conversation for g in groups])
+    n, L = max(len(g.candidates) for g in groups), max(len(c.token_ids) for g in groups for c in g.candidates)
+    tokens = torch.zeros(len(groups), n, L, dtype=torch.long)
+    mask, route = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros_like(tokens, dtype=torch.bool)
+    old, advantages = torch.zeros(len(groups), n, L), torch.zeros(len(groups), n)
+    for i, g in enumerate(groups):
+        advantages[i, :len(g.candidates)] = g.advantages
+        for j, c in enumerate(g.candidates):
+            m = len(c.token_ids)
+            tokens[i, j, :m], mask[i, j, :m], old[i, j, :m] = torch.tensor(c.token_ids), True, torch.tensor(c.logps)
+            if entropy:
+                route[i, j, :m] = torch.tensor(route_tokens(processor, c))
+    flat = lambda x: x.flatten(0, 1).to(device)
+    batch = {k: None if v is None else v.to(device) for k, v in batch.items()}
+    return {"tokens": flat(tokens), "mask": flat(mask), **batch}, flat(old), flat(advantages), flat(route)
+
+
+def micro_batches(groups, budget):
+    """Groups sorted by size, cut where the padded rows would exceed the budget; a group larger than the budget stands alone."""
+    batches, widest = [], 0
+    for g in sorted(groups, key=lambda g: g.size):
+        widest = max(widest, g.size)
+        if not batches or widest * (len(batches[-1]) + 1) > budget:
+            batches.append([])
+            widest = g.size
+        batches[-1].append(g)
+    return batches
+
+
+def accumulate(o, model, reference, processor, groups):
+    """Gradient of one update over all groups, micro-batch by micro-batch. Returns the metrics of the whole."""
+    total = sum(len(c.token_ids) for g in groups for c in g.candidates) if o.level == "token" else sum(len(g.candidates) for g in groups)
+    sums = Counter()
+    for part in micro_batches(groups, o.tokens):
+        inputs, old, advantages, route = pack(processor, part, o.device, o.entropy_coef > 0)
+        logp, entropy = model.group_log_probs(**inputs, temperature=o.temperature, entropy=True)
+        ref = None
+        if o.kl_coef:
+            with torch.no_grad(), reference(model) as ref_model:
+                ref = ref_model.group_log_probs(**inputs, temperature=o.temperature)
+        loss, metrics = grpo_loss(logp, old, advantages, inputs["mask"], ref_logp=ref, clip=o.clip, clip_high=o.clip_high, kl_coef=o.kl_coef,
+                                  level=o.level, normalizer=total)
+        if o.entropy_coef:
+            loss = loss - o.entropy_coef * (entropy * route).sum() / total
+        loss.backward()
+        share = int(inputs["mask"].sum())
+        sums.update({"loss": loss.item(), "kl": metrics.get("kl", 0.0), "entropy": entropy.sum().item(), "tokens": share,
+                     "clip_fraction": metrics["clip_fraction"] * share})
+        sums["ratio_max"] = max(sums["ratio_max"], metrics["ratio_max"])
+    tokens = sums.pop("tokens")
+    return {**sums, "entropy": sums["entropy"] / tokens, "clip_fraction": sums["clip_fraction"] / tokens}
+
+
+def reward_metrics(groups):
+    """Means of the rewards and of their parts, the share of right routes by gold route, the share of groups without variance."""
+    parts = [p for g in groups for p in g.parts]
+    mean = lambda values: sum(values) / len(values) if values else None
+    named = {name: mean([getattr(p, name) for p in parts if getattr(p, name) is not None]) for name in ("form", "similarity", "route", "answer")}
+    out = {"reward": mean([p.total for p in parts]), **named, "flat_groups": mean([float(not g.mixed) for g in groups])}
+    for label in sorted({g.label for g in groups} - {"answer", "outcome"}):
+        out["route:" + label.removesuffix(" retriever")] = mean([p.route for g in groups if g.label == label for p in g.parts])
+    return out
+
+
+def grpo(o):
+    """Step-GRPO on one screen: sample, reward, advantage, loss, update, log, save."""
+    model, processor, _ = open_model(o)
+    if o.lora_rank:
+        add_lora(model, o.lora_rank, o.lora_alpha)
+    prompts = read_json(Path(o.model) / "prompts.json") if (Path(o.model) / "prompts.json").exists() else {}
+    bases = world_bases(o.world) if o.mode != "offline" else {base: None for base in BASES}
+    router = Router(model, processor, bases, prompts=prompts, k=o.k, max_steps=o.max_steps, max_new_tokens=o.max_new_tokens, temperature=o.temperature)
+    run = Run(o, model, processor, prompts)
+    source = {"offline": Offline, "online": Online, "outcome": Outcome}[o.mode](o, run, router)
+    reference = reference_of(o, model)
+    for step in run.steps():
+        clock = [time.time()]
+        groups, counts = source.sample(step, random.Random(f"{o.seed} {step}"))                              # sample, reward
+        clock.append(time.time())
+        if o.mode != "outcome":
+            for g in groups:
+                g.advantages = group_advantages(torch.tensor(g.rewards), torch.zeros(len(g.rewards)), o.scale)      # advantage, Eq. 3
+        useful = [g for g in groups if g.advantages.abs().sum() > 0]
+        metrics = {}
+        for _ in range(o.updates if useful else 0):
+            metrics = accumulate(o, model, reference, processor, useful)                                     # loss, Eq. 4 to 6
+            metrics.update(run.update(step))                                                                 # update
+        clock.append(time.time())
+        sampled = sum(len(c.token_ids) for g in groups for c in g.candidates)
+        run.state["tokens"] += sampled
+        run.log({"step": step + 1, **reward_metrics(groups), **counts, **metrics, "groups": len(groups), "tokens": sampled,
+                 "sample_s": clock[1] - clock[0], "update_s": clock[2] - clock[1]})                          # log; run.steps saves
+
+
+def reference_of(o, model):
+    """The reference policy of the KL term, as a context: the base with its adapter off, or a frozen copy of the start."""
+    if o.kl_coef and not o.lora_rank:
+        frozen = copy.deepcopy(model).requires_grad_(False)
+        return lambda _: nullcontext(frozen)
+    return lora_disabled
+
+
+COMMANDS = {"sft": (SftOptions, sft), "grpo": (GrpoOptions, grpo)}
 
 
 def main():
