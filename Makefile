@@ -25,3 +25,23 @@ test: .venv/ready-dev
 
 data/demo/questions.jsonl: world.py .venv/ready
 	$(RUN) world.py $(TEST_WORLD) --questions 200 --out data/demo
+
+# Both shipped models anew, side by side on two cores: the trained one, and the deliberately weak start of Step-GRPO (see WORLD in README.md).
+PRACTICE = data/sft/copy.jsonl=5 data/sft/describe.jsonl=4 data/sft/compare.jsonl=1
+SFT = OMP_NUM_THREADS=1 $(RUN) train.py sft --model data/shell --threads 1 --seed $(SEED) --steps 8000 --learning-rate 1e-3 --warmup 100 \
+	--previous-token-head --save-every 1000 --val-every 1000 --val-world data/val --log-every 200
+SEED ?= 0
+
+weights: .venv/ready
+	$(RUN) world.py --split train --seed $(SEED) --questions 13000 --practice 3000 --out data/sft --shell data/shell
+	$(RUN) world.py --split val --seed $(SEED) --questions 260 --out data/val
+	$(MAKE) --jobs 2 runs/tiny runs/tiny-warm
+	$(RUN) train.py export --run runs/tiny --out weights/tiny
+	$(RUN) train.py export --run runs/tiny-warm --which last --out weights/tiny-warm
+
+.PHONY: runs/tiny runs/tiny-warm
+runs/tiny:
+	$(SFT) --out $@ --data data/sft/fresh.jsonl=10 $(PRACTICE) data/sft/baselines.jsonl=3
+
+runs/tiny-warm:
+	$(SFT) --out $@ --data data/sft/weak.jsonl=10 $(PRACTICE)

@@ -33,12 +33,14 @@ import zlib
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
+from PIL import Image
 
-from model import VLM, Processor
-from retrieve import KnowledgeBase, open_image, read_docs
+from model import VLM, Processor, load_picture
+from retrieve import KnowledgeBase, read_docs
 
 HERE = Path(__file__).resolve().parent
 
@@ -373,7 +375,7 @@ class RouterOptions:
     follow: object = None       # (candidates, random.Random) -> index of the one to go on with; the first by default
     retries: int = 0            # times that a malformed step is asked again
     batch_size: int = 64        # prompts of a model call; four times as many questions are open at once
-    prompts: dict | None = None # system prompts that replace those of PROMPTS
+    prompts: dict | None = None  # system prompts that replace those of PROMPTS
     seed: int = 0
 
     def __post_init__(self):
@@ -443,7 +445,7 @@ class Trajectory:
 
 
 @dataclass
-class _Open:
+class Question:
     """A question on its way: its generator, what that waits for, and what has been counted."""
     place: int
     row: dict
@@ -452,6 +454,10 @@ class _Open:
     retried: int = 0
     steps: list = field(default_factory=list)
     cost: Counter = field(default_factory=Counter)
+
+    def conversation(self, prompts):
+        """The chat that asks for the step which the method waits for."""
+        return conversation(prompts[self.request.prompt], self.request.problem, self.row.get("image"))
 
     def go_on(self, reply):
         """Hands the method its reply and keeps its next request; None when it has finished."""
@@ -462,7 +468,11 @@ class _Open:
 
 
 class Router:
-    """Answers questions with a model, its processor and {"text", "image", "table"} -> KnowledgeBase."""
+    """Answers questions with a model, its processor and {"text", "image", "table"} -> KnowledgeBase.
+
+    `run` does all of it. Who wants to choose what is sampled next, as training does, calls `open`, `search`, `sample`
+    and `step` as `run` does.
+    """
 
     def __init__(self, vlm, processor, bases, **options):
         self.vlm, self.processor, self.bases, self.options = vlm, processor, bases, RouterOptions(**options)
@@ -477,19 +487,20 @@ class Router:
             raise ValueError(f"max_new_tokens {self.options.max_new_tokens} leaves no room for a prompt: "
                              f"the model has {vlm.config.max_positions} positions")
 
-    def run(self, questions, on_done=None):
+    def run(self, questions, on_done=None, generator=None):
         """Answers question rows ({"question", optionally "image": path or PIL}); Trajectories in the same order.
 
         All open questions advance together: a tick is one search of each base, then the model calls in batches of
-        prompts of similar length. `on_done(trajectory)` is called as each question finishes.
+        prompts of similar length. `on_done(trajectory)` is called as each question finishes. `generator` is torch's, on
+        the model's device; one is seeded from the options where none is given.
         """
         rng = random.Random(self.options.seed)
-        generator = torch.Generator(next(self.vlm.parameters()).device).manual_seed(self.options.seed)
+        generator = generator or torch.Generator(next(self.vlm.parameters()).device).manual_seed(self.options.seed)
         waiting, open_, finished = deque(enumerate(questions)), [], {}
         while waiting or open_:
             while waiting and len(open_) < 4 * self.options.batch_size:
-                open_.append(self._open(*waiting.popleft()))
-            self._search([q for q in open_ if isinstance(q.request, Search)])
+                open_.append(self.open(*waiting.popleft()))
+            self.search([q for q in open_ if isinstance(q.request, Search)])
             asking = sorted((q for q in open_ if isinstance(q.request, Ask)), key=lambda q: len(q.request.problem))
             for start in range(0, len(asking), self.options.batch_size):
                 self._ask(asking[start:start + self.options.batch_size], rng, generator)
@@ -500,10 +511,11 @@ class Router:
             open_ = [q for q in open_ if q.request is not None]
         return [finished[place] for place in sorted(finished)]
 
-    def _open(self, place, row):
+    def open(self, place, row):
+        """A Question that waits for its first reply; `place` tells it from the others that are searched with it."""
         if not isinstance(row.get("question"), str) or not row["question"].strip():
             raise ValueError(f"question {place + 1} is empty: give it some words")
-        q = _Open(place, row, self.method(row, self.options))
+        q = Question(place, row, self.method(row, self.options))
         q.go_on(None)
         return q
 
@@ -511,8 +523,8 @@ class Router:
         return Trajectory(q.row, self.options.method, tuple(q.steps), q.steps[-1].answer,
                           **{name: q.cost[name] for name in COSTS})
 
-    def _search(self, questions):
-        """One search of each base for all that ask it; pictures go along to the base of pictures."""
+    def search(self, questions):
+        """One search of each base for all questions that wait for it; they go on with what was found."""
         found = {q.place: {} for q in questions}
         for base in BASES:
             asking = [q for q in questions if base in q.request.bases]
@@ -532,49 +544,70 @@ class Router:
     def _ask(self, questions, rng, generator):
         """One model call for a batch of questions; each gets its Step and goes on, or is asked again."""
         start = time.perf_counter()
-        talks = [conversation(self.prompts[q.request.prompt], q.request.problem, q.row.get("image")) for q in questions]
-        outputs = self._sample(talks, generator)
+        outputs = self.sample([q.conversation(self.prompts) for q in questions], generator)
         seconds = (time.perf_counter() - start) / len(questions)
-        for q, talk, (prompt_ids, candidates) in zip(questions, talks, outputs):
-            candidates = tuple(_expected(q.request.kind, candidate) for candidate in candidates)
+        for q, (prompt_ids, candidates) in zip(questions, outputs):
             followed = self.options.follow(candidates, rng) if self.options.follow and candidates else 0
-            step = Step(q.request.kind, q.request.query, talk, prompt_ids, candidates, followed, q.request.evidence)
+            step = self.step(q, prompt_ids, candidates, followed)
             q.cost["seconds_model"] += seconds
-            q.cost["too_long"] += not candidates
-            q.cost["model_calls"] += bool(candidates)
-            q.cost["prompt_tokens"] += len(prompt_ids) if candidates else 0
-            q.cost["generated_tokens"] += sum(len(candidate.token_ids) for candidate in candidates)
-            malformed = bool(candidates) and isinstance(step.parsed, StepError)
-            q.cost["malformed"] += malformed
-            if malformed and q.retried < self.options.retries:
+            if candidates and isinstance(step.parsed, StepError) and q.retried < self.options.retries:
                 q.retried += 1  # the request stays, so the next tick asks again
             else:
                 q.steps.append(step)
                 q.go_on(step)
 
-    def _sample(self, talks, generator):
-        """Samples G outputs for N conversations: a list of (prompt ids, candidates), () where there is no room."""
+    def step(self, q, prompt_ids, candidates, followed):
+        """The Step that a question made with these candidates, one of them followed; counts what it cost."""
+        ask = q.request
+        candidates = tuple(_expected(ask.kind, candidate) for candidate in candidates)
+        step = Step(ask.kind, ask.query, q.conversation(self.prompts), prompt_ids, candidates, followed, ask.evidence)
+        if candidates:
+            q.cost["model_calls"] += 1
+            q.cost["prompt_tokens"] += len(prompt_ids)
+            q.cost["generated_tokens"] += sum(len(candidate.token_ids) for candidate in candidates)
+            q.cost["malformed"] += isinstance(step.parsed, StepError)
+        else:
+            q.cost["too_long"] += 1
+        return step
+
+    def sample(self, talks, generator, n=None):
+        """n outputs (by default `samples`) for each of N conversations: N pairs (prompt ids, candidates).
+
+        No candidates where the prompt leaves no room for an answer. A conversation that stands in the list several
+        times, as the first step of a group of trajectories does, is read once for all its samples.
+        """
+        n = n or self.options.samples
+        once, times, outputs = {repr(talk): talk for talk in talks}, Counter(map(repr, talks)), {}
+        for count in sorted(set(times.values())):
+            keys = [key for key in once if times[key] == count]
+            for key, (ids, candidates) in zip(keys, self._generate([once[key] for key in keys], n * count, generator)):
+                outputs[key] = ids, iter(candidates)
+        return [(outputs[key][0], tuple(islice(outputs[key][1], n))) for key in map(repr, talks)]
+
+    def _generate(self, talks, n, generator):
+        """`sample` for different conversations, in one model call."""
         batch = self.processor(talks)
         mask = batch["attention_mask"]                                                   # (N, T), padded on the left
         prompt_ids = [tuple(ids[keep].tolist()) for ids, keep in zip(batch["input_ids"], mask)]
         fits = [len(ids) <= self.room for ids in prompt_ids]
         if not all(fits):
             short = [talk for talk, fit in zip(talks, fits) if fit]
-            rest = iter(self._sample(short, generator) if short else ())
+            rest = iter(self._generate(short, n, generator) if short else ())
             return [next(rest) if fit else (ids, ()) for ids, fit in zip(prompt_ids, fits)]
         o = self.options
         batch = {name: tensor.to(generator.device) for name, tensor in batch.items() if tensor is not None}
-        samples = self.vlm.generate(**batch, n=o.samples, max_new_tokens=o.max_new_tokens, temperature=o.temperature,
+        samples = self.vlm.generate(**batch, n=n, max_new_tokens=o.max_new_tokens, temperature=o.temperature,
                                     top_k=o.top_k, top_p=o.top_p, eos_ids=self.processor.eos_ids, generator=generator)
-        candidates = []  # N * G, those of a prompt together
+        candidates = []  # N * n, those of a prompt together
         for tokens, keep, logps in zip(samples.tokens.cpu(), samples.mask.cpu(), samples.logps.cpu()):  # (L,) each
             ids = tuple(tokens[keep].tolist())
             text = self.processor.decode(ids)
             candidates.append(Candidate(text, ids, tuple(logps[keep].tolist()), parse_step(text)))
-        return [(ids, tuple(candidates[i * o.samples:(i + 1) * o.samples])) for i, ids in enumerate(prompt_ids)]
+        return [(ids, tuple(candidates[i * n:(i + 1) * n])) for i, ids in enumerate(prompt_ids)]
 
 
 def _base_query(q, base):
+    """What a question asks a base: its picture goes along to the base of pictures."""
     image = q.row.get("image")
     return {"text": q.request.query, "image": image} if base == "image" and image is not None else q.request.query
 
@@ -752,7 +785,7 @@ def picture_of(row, folder, images):
     else:
         named = [Path(images) / f"{row['image_id']}{ending}" for ending in PICTURE_ENDINGS]
         path = next((path for path in named if path.is_file()), named[0])
-    open_image(path)
+    load_picture(path)
     return str(path)
 
 
@@ -867,7 +900,7 @@ def has_colour():
 
 def thumbnail(path, size=20):
     """A picture as `size` x `size` pixels of text: each character is two pixels, one above the other."""
-    small = open_image(path).resize((size, size))
+    small = load_picture(path).resize((size, size), Image.Resampling.BOX)
     for y in range(0, size, 2):
         pairs = (small.getpixel((x, y)) + small.getpixel((x, y + 1)) for x in range(size))
         yield "".join("\x1b[38;2;{};{};{};48;2;{};{};{}m▀".format(*pair) for pair in pairs) + "\x1b[0m"
@@ -934,7 +967,7 @@ class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong with the flags in one line."""
 
     def error(self, message):
-        raise ValueError(f"{message}: see python infer.py --help")
+        raise ValueError(f"{message}: see {self.prog} --help")
 
 
 ROUTER_FLAGS = ("k", "max_steps", "max_new_tokens", "temperature", "seed", "batch_size")  # fields of RouterOptions
@@ -1006,7 +1039,7 @@ def one_question(args, world):
         if not args.question.strip():
             raise ValueError("--question is empty: give it some words")
         if args.image is not None:
-            open_image(args.image)
+            load_picture(args.image)
         return {"question": args.question, "image": args.image}
     if world is None:
         raise ValueError("nothing to answer: give --question or --eval beside --kb")

@@ -238,6 +238,7 @@ class Encoder:
     name = ""  # what load_encoder takes
     dim = 0
     normalised = True  # rows have length one, so that their inner product is their cosine
+    ef = 200  # candidates that a search of an HNSW graph over such vectors should look at
     options = {}  # what load_encoder takes beside the name; travels with a base
 
     def fingerprint(self):
@@ -297,13 +298,15 @@ def word_vector(word, known, dim):
 
 
 class Lexical(Encoder):
-    """Bag of words by random projection, each word weighted by the square root of its inverse document frequency.
+    """Bag of words by random projection, each word weighted by the square root of its smoothed inverse document frequency.
 
-    (With the plain IDF a rare name drowns the word that says what is asked about it.) The frequencies are those of the
-    corpus the encoder was fitted on; unfitted, all words weigh the same. An encoder that is fitted stays as it is.
-    HNSW finds such nearly orthogonal vectors badly in large corpora: meant for up to some 10,000 documents.
+    (With the plain one a rare name, and the chance similarity of other names to it, drowns the word that says what is asked.)
+    The frequencies are those of the corpus the encoder was fitted on; unfitted, all words but stop words weigh the same. An
+    encoder that is fitted stays as it is.
+    Such vectors stand in no slope that a graph could follow, so searches must look at many candidates: meant for corpora of
+    up to some 10,000 documents.
     """
-    name, dim = "lexical", 512
+    name, dim, ef = "lexical", 512, 2500
 
     def __init__(self, state=None):
         self.frequency = Counter((state or {}).get("frequency", {}))  # word -> number of documents that hold it
@@ -322,9 +325,12 @@ class Lexical(Encoder):
         return type(self)(state)
 
     def weight(self, word):
-        """sqrt(idf), at most 0.3 for a stop word. A word that all documents hold weighs next to nothing."""
-        root = math.sqrt(math.log((self.documents + 2) / (self.frequency[word] + 1)))
-        return STOP_WEIGHT * min(root, 1.0) if word in STOP else root
+        """The square root of 0.5 + idf; 0.3 for stop words."""
+        return STOP_WEIGHT if word in STOP else math.sqrt(0.5 + self.idf(word))
+
+    def idf(self, word):
+        """ln((N + 2) / (df + 1)): close to 0 for a word that all N documents hold, larger for rarer ones."""
+        return math.log((self.documents + 2) / (self.frequency[word] + 1))
 
     def known(self, word):
         """Whether the corpus holds the word; before fitting every word counts as known."""
@@ -381,7 +387,7 @@ class Pixel(Lexical):
         return self.fuse([doc.get("image") for doc in docs], super().encode_docs(docs))
 
     def encode_queries(self, queries):
-        """Beside a picture the words count by the share of their weight that the captions know: "which country has this
+        """Beside a picture the words count by the share of their idf that the captions know: "which country has this
         flag?" holds nothing that tells one caption from another, so the picture alone decides; a name would decide with it.
         """
         pairs = [split_query(query) for query in queries]
@@ -390,9 +396,9 @@ class Pixel(Lexical):
         return self.fuse([image for _, image in pairs], words)
 
     def told(self, text):
-        """Share of the text's squared word weights that lies on words of the corpus, from 0 to 1."""
-        squares = {word: self.weight(word) ** 2 for word in set(words_of(text))}
-        return sum(w for word, w in squares.items() if self.known(word)) / max(sum(squares.values()), 1e-9)
+        """Share of the text's idf that lies on words of the corpus, from 0 to 1; a word of every document adds nothing."""
+        idf = {word: self.idf(word) for word in set(words_of(text)) - STOP}
+        return sum(value for word, value in idf.items() if self.known(word)) / max(sum(idf.values()), 1e-9)
 
 
 # ------------------------------------------------------------------------------------------------ transformer encoders
@@ -781,14 +787,14 @@ class IndexOptions:
     index: str = option("hnsw", "hnsw: the graph; flat: exact search over half-precision vectors on disk")
     M: int = option(16, "neighbours of a node in the graph: more is better, slower and larger")
     ef_construction: int = option(200, "candidates looked at when a node is inserted")
-    ef: int = option(1500, "candidates looked at by a search; 200 is enough for vectors of a trained encoder")
+    ef: int = option(0, "candidates looked at by a search; 0: as the encoder needs (2500 without weights, else 200)")
     seed: int = option(0, "of the graph's random layers")
     threads: int = option(0, "that insert; 0: all cores, but one for up to 20000 vectors, where the graph then repeats byte for byte")
 
     def __post_init__(self):
         if self.index not in INDEXES:
             raise ValueError(f"unknown index {self.index!r}: give {' or '.join(INDEXES)}")
-        for name, least in (("M", 2), ("ef_construction", 1), ("ef", 1), ("seed", 0), ("threads", 0)):
+        for name, least in (("M", 2), ("ef_construction", 1), ("ef", 0), ("seed", 0), ("threads", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least {least}")
 
@@ -999,13 +1005,19 @@ def check_files(path, manifest):
 def put_in_place(folder, path):
     """Renames a finished folder to `path`. A base that stands there is moved aside first, then deleted."""
     os.chmod(folder, 0o755)
+    clear_aside(path)
     if path.exists():
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-        os.replace(path, aside / path.name)
-        os.replace(folder, path)
-        shutil.rmtree(aside)
-    else:
-        os.replace(folder, path)
+        os.replace(path, aside_of(path))
+    os.replace(folder, path)
+    clear_aside(path)
+
+
+def aside_of(path):
+    return path.parent / f".{path.name}.old"
+
+
+def clear_aside(path):
+    shutil.rmtree(aside_of(path), ignore_errors=True)
 
 
 def check_target(path):
@@ -1027,7 +1039,7 @@ class KnowledgeBase:
         return sum(len(shard.docs) for shard in self.shards)
 
     @classmethod
-    def build(cls, docs, encoder, *, index="hnsw", M=16, ef_construction=200, seed=0, threads=0, ef=1500):
+    def build(cls, docs, encoder, *, index="hnsw", M=16, ef_construction=200, seed=0, threads=0, ef=0):
         """Fits the encoder on the documents, encodes and indexes them, all in memory. For large corpora: build_folder.
 
         docs: an iterable of dicts with id, text and optionally title and image (a path). encoder: an Encoder or its name.
@@ -1036,6 +1048,7 @@ class KnowledgeBase:
         docs = [checked_doc(doc, f"document {i}") for i, doc in enumerate(docs)]
         encoder = load_encoder(encoder) if isinstance(encoder, (str, Path)) else encoder
         encoder, _ = encoder.fitted(docs)
+        options = replace(options, ef=ef or encoder.ef)
         return cls(encoder, [Shard.build(docs, encoder, options)] if docs else [], options)
 
     def save(self, path):
@@ -1134,10 +1147,17 @@ def build_folder(read, encoder, out, options=IndexOptions(), *, shard=500_000, s
     read() gives a fresh stream of documents. Killed at any point and started again with the same arguments and the same
     `source` (any description of the corpus), it goes on after the last finished shard. The base appears under `out` at the end.
     """
+    if shard < 1:
+        raise ValueError(f"shard is {shard}: give the number of documents of a shard, at least 1")
     out = Path(os.path.abspath(out))
     check_target(out)
-    work = out.parent / f".{out.name}.building"
+    work, options = out.parent / f".{out.name}.building", replace(options, ef=options.ef or encoder.ef)
     plan = json.loads(json.dumps({"format": FORMAT, "source": source, "encoder": encoder.fingerprint(), "index": asdict(options), "shard": shard}))
+    last = out / "progress" / "plan.json"
+    if last.is_file() and (known := read_json(last))["plan"] == plan:  # killed just after the base was put in place
+        clear_aside(out)
+        shutil.rmtree(out / "progress")
+        return known["count"]
     encoder, count = begin_or_resume(work, plan, read, encoder, log)
     stream, records = iter(read()), []
     progress = Progress(count, log)

@@ -34,9 +34,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from grpo import RewardOptions, answer_reward, group_advantages, grpo_loss, similarity_table, step_reward
-from infer import (BASES, IMAGE, ROUTES, Router, Search, answer_scores, conversation, evaluate, golds_of, load_questions, render_answer,
+from infer import (BASES, IMAGE, ROUTES, OneLineParser, Router, Search, answer_scores, conversation, evaluate, golds_of, load_questions, render_answer,
                    render_route, world_bases)
-from model import VLM, Processor, add_lora, load_adapter, lora_disabled, read_json, save_adapter, write_json
+from model import VLM, Processor, add_lora, load_adapter, lora_disabled, merge_lora, read_json, save_adapter, write_json
 from retrieve import load_encoder
 
 HERE = Path(__file__).resolve().parent
@@ -84,7 +84,7 @@ class SftOptions(Options):
 
 def parse_options(cls, words):
     """Flags -> a frozen options object. Unknown flags and wrong values end with one line and code 2."""
-    p = argparse.ArgumentParser(prog=f"train.py {cls.__name__.removesuffix('Options').lower()}", description=cls.__doc__,
+    p = OneLineParser(prog=f"train.py {cls.__name__.removesuffix('Options').lower()}", description=cls.__doc__,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(cls):
         kind = type(f.default)
@@ -693,7 +693,7 @@ class Online:
     def advance(self, states, n, rng):
         """Sample n candidates for each state, score them, follow one. Returns the groups where n > 1."""
         o, groups = self.o, []
-        outputs = self.router.sample([x.q.conversation(self.router.prompts) for x in states], self.run.generator, n) if states else []
+        outputs = self.router.sample([x.q.conversation(self.router.prompts) for x in states], self.run.generator, n)
         scored = score(o, [(c, x.golds()) for x, (_, cs) in zip(states, outputs) for c in cs if n > 1], self.router.bases["text"].encoder)
         for x, (ids, candidates) in zip(states, outputs):
             parts = [scored.pop(0) for _ in candidates] if n > 1 else []
@@ -864,7 +864,32 @@ def reference_of(o, model):
     return lora_disabled
 
 
-COMMANDS = {"sft": (SftOptions, sft), "grpo": (GrpoOptions, grpo)}
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write a checkpoint of a run as a plain model directory; an adapter is merged into its base."""
+    run: str = option("runs/run", "folder of the run")
+    which: str = option("best", "the checkpoint with the best validation, or the last one", choices=("best", "last"))
+    out: str = option("weights/mine", "model directory to write")
+    dtype: str = option("float16", "type of the weights on disk", choices=("float32", "bfloat16", "float16"))
+
+
+def export(o):
+    """A checkpoint -> a model directory without optimizer, ready for infer.py and for transformers."""
+    source = Path(o.run) / o.which
+    if not source.exists():
+        raise ValueError(f"{source}: no such checkpoint" + ("; without --val-every a run has only --which last" if o.which == "best" else ""))
+    origin = Path(read_json(Path(o.run) / "options.json")["model"])
+    adapter = (source / "adapter_config.json").exists()
+    model = VLM.from_pretrained(origin if adapter else source)
+    if adapter:
+        load_adapter(model, source)
+        merge_lora(model)
+    prompts = read_json(source / "prompts.json") if (source / "prompts.json").exists() else {}
+    write_model(Path(o.out), model, source if (source / "tokenizer.json").exists() else origin, prompts, getattr(torch, o.dtype))
+    print(f"{o.out}: {sum(p.numel() for p in model.parameters()):,} weights in {o.dtype}, step {read_json(source / 'trainer.json')['step']} of {o.run}")
+
+
+COMMANDS = {"sft": (SftOptions, sft), "grpo": (GrpoOptions, grpo), "export": (ExportOptions, export)}
 
 
 def main():

@@ -108,7 +108,8 @@ def save_checkpoint(hf, path):
     path = Path(path)
     patch = hf.config.vision_config.patch_size
     hf.save_pretrained(path)
-    PreTrainedTokenizerFast(tokenizer_object=full_tokenizer(), eos_token=CONTROL[2], pad_token=CONTROL[0]).save_pretrained(path)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=full_tokenizer(), eos_token=CONTROL[2], pad_token=CONTROL[0])
+    tokenizer.save_pretrained(path)
     Qwen2VLImageProcessorPil(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, patch_size=patch).save_pretrained(path)
     GenerationConfig(pad_token_id=ENDOFTEXT, eos_token_id=[IM_END, ENDOFTEXT], do_sample=True).save_pretrained(path)
     return path

@@ -1,0 +1,342 @@
+"""Training: the supervised loss against transformers, the Step-GRPO update against a plain one, exact resume, and what files may hold."""
+import inspect
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import infer
+import train
+from conftest import ROOT
+from grpo import group_advantages, grpo_loss
+from model import VLM, Processor
+
+
+def run(script, *words, **more):
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, words)], capture_output=True, text=True, **more)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A small training world with practice files, and a random tiny model that knows its prompts."""
+    out = tmp_path_factory.mktemp("train")
+    made = run("world.py", "--split", "train", "--countries", 40, "--questions", 39, "--practice", 8, "--out", out / "w", "--shell", out / "m",
+               "--shape", 32, 2, 2, 1, 48)
+    assert made.returncode == 0, made.stderr
+    (out / "m" / "prompts.json").write_text('{"route": "plan", "answer": "read", "final": "answer"}')
+    return out
+
+
+@pytest.fixture(scope="module")
+def model(home):
+    return VLM.from_config(home / "m", seed=1)
+
+
+@pytest.fixture(scope="module")
+def processor(home):
+    return Processor.from_pretrained(home / "m")
+
+
+def weights(path):
+    return (path / "last" / "model.safetensors").read_bytes()
+
+
+def log_of(path):
+    """Log rows without what the clock says."""
+    rows = [json.loads(line) for line in open(path / "log.jsonl")]
+    return [{k: v for k, v in row.items() if not k.endswith("seconds") and not k.endswith("_s") and k != "validation"} for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------------------------- step files
+
+
+def test_published_step_file_is_read_whole(golden):
+    rows = train.read_steps(golden / "stepgrpo_steps.jsonl")
+    raw = [json.loads(line) for line in open(golden / "stepgrpo_steps.jsonl")]
+    assert [len(r) for r in rows] == [len(r["steps"]) for r in raw]
+    for row, r in zip(rows, raw):
+        assert [s.problem for s in row] == [s["problem"] for s in r["steps"]]
+        assert row[-1].final and not any(s.final for s in row[:-1])
+    for s in (s for row in rows for s in row):
+        parsed = infer.parse_step(s.target())
+        assert isinstance(parsed, infer.RouteStep if s.kind == "ret" else infer.AnswerStep) or not str(s.answer).strip()
+        if s.kind == "ret":
+            assert parsed.route.lower() == s.answer["retriever"][0].strip()
+
+
+def test_published_rows_are_counted_and_left_out_by_option(golden, tmp_path):
+    """Counted by hand over the raw file: a sub-question (other than none) that comes twice; pictures are not there at all."""
+    raw = [json.loads(line) for line in open(golden / "stepgrpo_steps.jsonl")]
+    asked = [[s["answer"]["query"].strip().lower() for s in r["steps"] if s["step_type"] == "ret"] for r in raw]
+    repeats = sum(len([q for q in a if q != "none"]) > len({q for q in a if q != "none"}) for a in asked)
+    rows = train.read_steps(golden / "stepgrpo_steps.jsonl")
+    kept, counts = train.clean_rows(rows, ())
+    assert counts["no_picture"] == sum(bool(r["images"]) for r in raw) and counts["repeats"] == repeats > 0
+    assert len(kept) == len(raw) - counts["no_picture"]
+    fewer, _ = train.clean_rows(rows, ("repeats", "no_information"))
+    assert 0 < len(fewer) < len(kept)
+
+
+@pytest.mark.parametrize("line, found", [
+    ('{"steps": [', "line 2"),
+    ('{"images": [], "steps": [{"step_type": "ret", "problem": "p", "system": "s", "answer": "text"}]}', "step_type 'ret'"),
+    ('{"images": [], "steps": [{"step_type": "nap", "problem": "p", "system": "s", "answer": "text"}]}', "step_type 'nap'"),
+    ('{"images": [], "steps": []}', "steps"),
+    ('{"images": []}', "line 2"),
+])
+def test_a_row_that_does_not_fit_is_named_with_file_and_line(tmp_path, line, found):
+    good = '{"images": [], "steps": [{"step_type": "ans", "problem": "p", "system": "s", "answer": "a"}]}'
+    path = tmp_path / "steps.jsonl"
+    path.write_text(good + "\n" + line + "\n")
+    with pytest.raises(ValueError, match="steps.jsonl, line 2") as e:
+        train.read_steps(path)
+    assert found in str(e.value) and "\n" not in str(e.value)
+
+
+# ------------------------------------------------------------------------------------------------------------------- supervised
+
+
+def test_the_mask_covers_the_target_and_its_end_and_nothing_else(home, processor):
+    examples = [s for row in train.read_steps(home / "w" / "steps.jsonl")[:6] for s in row]
+    batch, mask, too_long = train.make_batch(processor, examples, 2048, "cpu")
+    assert too_long == 0 and batch["attention_mask"][:, -1].all()
+    for ids, m, e in zip(batch["input_ids"], mask, examples):
+        assert processor.tokenizer.decode(ids[m].tolist(), skip_special_tokens=False) == e.target() + "<|im_end|>"
+    _, _, dropped = train.make_batch(processor, examples, 70, "cpu")
+    assert 0 < dropped < len(examples)
+
+
+def test_supervised_loss_equals_transformers(home, model, processor, tmp_path):
+    """The same batch, with labels -100 outside the response, through the library's own loss."""
+    transformers = pytest.importorskip("transformers")
+    model.save_pretrained(tmp_path)
+    theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path).eval()
+    examples = [s for row in train.read_steps(home / "w" / "steps.jsonl")[:8] for s in row]
+    batch, mask, _ = train.make_batch(processor, examples, 2048, "cpu")
+    assert batch["pixel_values"] is not None
+    labels = batch["input_ids"].masked_fill(~mask, -100)
+    newer = "mm_token_type_ids" in inspect.signature(theirs.forward).parameters
+    extra = {"mm_token_type_ids": (batch["input_ids"] == model.config.image_token_id).int()} if newer else {}
+    with torch.no_grad():
+        expected = theirs(**{k: v.long() if v.dtype == torch.bool else v for k, v in batch.items()}, **extra, labels=labels).loss
+        loss = -model.log_probs(targets_mask=mask, **batch).sum() / mask.sum()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_a_mixture_draws_by_share_and_repeats_nothing_within_an_epoch():
+    make = lambda name, n: [train.StepExample("ans", "s", f"{name}{i}", "a", "", ()) for i in range(n)]
+    mixture = train.Mixture([("a", make("a", 5000), 3.0), ("b", make("b", 100), 1.0)], 1280, 0)
+    drawn = [e.problem for pool in range(4) for b in mixture.batches(pool) for e in b]
+    a, b = [x for x in drawn if x[0] == "a"], [x for x in drawn if x[0] == "b"]
+    assert len(a) == 4 * 768 and len(b) == 4 * 256 and len(set(a)) == len(a)
+    assert max(map(b.count, set(b))) - min(map(b.count, set(b))) <= 1                 # ten epochs of 100, each a permutation
+    again = train.Mixture(mixture.sources and [("a", make("a", 5000), 3.0), ("b", make("b", 100), 1.0)], 1280, 0)
+    assert [e.problem for b in again.batches(2) for e in b] == [e.problem for b in mixture.batches(2) for e in b]
+
+
+def test_previous_token_head_looks_at_the_token_before(model, home):
+    fresh = VLM.from_config(home / "m", seed=3)
+    T = 50
+    ids = torch.randint(20, 800, (1, T), generator=torch.Generator().manual_seed(0))
+
+    def attention():
+        d, positions = fresh.model, torch.arange(T).expand(3, 1, T)
+        from model import rotate
+        cos, sin = d.angles(positions)
+        a, x = d.layers[0].self_attn, d.layers[0].input_layernorm(d.embed_tokens(ids))
+        q = rotate(a.q_proj(x)[..., :a.head_dim][:, None], cos, sin)[0, 0]
+        k = rotate(a.k_proj(x)[..., :a.head_dim][:, None], cos, sin)[0, 0]
+        scores = (q @ k.T / a.head_dim ** 0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -1e9)
+        return scores.softmax(-1).diagonal(-1).mean().item()
+    before = attention()
+    train.start_previous_token_head(fresh)
+    assert before < 0.2 and attention() > 0.6            # two rotary pairs here; the shipped size has four and reaches 0.99
+
+
+# ---------------------------------------------------------------------------------------------------------------- Step-GRPO update
+
+
+@pytest.fixture(scope="module")
+def groups(home, model, processor):
+    """Six sampled groups of a random model, with pictures among them and advantages as if the rewards had varied."""
+    steps = [s for row in train.read_steps(home / "w" / "steps.jsonl") for s in row]
+    chosen = [s for s in steps if s.images][:3] + [s for s in steps if not s.images][:3]
+    router = infer.Router(model, processor, {b: None for b in infer.BASES}, temperature=1.0, max_new_tokens=12)
+    outputs = router.sample([s.conversation() for s in chosen], torch.Generator().manual_seed(0), 4)
+    made, rng = [], random.Random(0)
+    for s, (ids, candidates) in zip(chosen, outputs):
+        g = train.Group(s.conversation(), ids, candidates, [rng.random() for _ in candidates], [], train.gold_label(s))
+        g.advantages = group_advantages(torch.tensor(g.rewards), torch.zeros(4))
+        made.append(g)
+    return made
+
+
+@pytest.mark.parametrize("level, budget", [("token", 100000), ("token", 1), ("sequence", 300)])
+def test_update_with_shared_prompts_and_micro_batches_equals_the_plain_one(home, model, processor, groups, level, budget):
+    """Oracle: every sample as a row of its own through log_probs, one loss over all; the gradients must be the same."""
+    o = train.GrpoOptions(level=level, tokens=budget)
+    model.zero_grad()
+    metrics = train.accumulate(o, model, None, processor, groups)
+    got = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    logps, olds, advantages, masks = [], [], [], []
+    for g in groups:
+        for c, a in zip(g.candidates, g.advantages):
+            row = processor([g.conversation])
+            ids = torch.cat((row["input_ids"], torch.tensor([c.token_ids])), dim=1)
+            m = torch.arange(ids.shape[1])[None] >= row["input_ids"].shape[1]
+            x = model.log_probs(ids, m, None, row["pixel_values"], row["image_grid_thw"])[:, -len(c.token_ids):]
+            pad = (0, 12 - len(c.token_ids))
+            logps.append(torch.nn.functional.pad(x, pad)), olds.append(torch.nn.functional.pad(torch.tensor([c.logps]), pad))
+            masks.append(torch.arange(12)[None] < len(c.token_ids)), advantages.append(a[None])
+    loss, _ = grpo_loss(torch.cat(logps), torch.cat(olds), torch.cat(advantages), torch.cat(masks), level=level)
+    loss.backward()
+    assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    for n, p in model.named_parameters():
+        assert torch.allclose(got[n], p.grad, atol=2e-6), n
+
+
+def test_sampler_and_update_see_the_same_tokens(model, processor, groups):
+    inputs, old, _, _ = train.pack(processor, groups, "cpu", False)
+    new = model.group_log_probs(**inputs)
+    assert inputs["mask"].sum() == sum(len(c.token_ids) for g in groups for c in g.candidates)
+    assert (new - old)[inputs["mask"]].abs().max() < 1e-4
+    for g, ids, keep in zip(groups, inputs["input_ids"], inputs["attention_mask"]):
+        assert tuple(ids[keep].tolist()) == g.prompt_ids
+
+
+def test_micro_batches_hold_every_group_once_and_keep_the_budget(groups):
+    for budget in (1, 200, 10 ** 9):
+        parts = train.micro_batches(groups, budget)
+        assert sorted(id(g) for p in parts for g in p) == sorted(map(id, groups))
+        assert all(len(p) == 1 or max(g.size for g in p) * len(p) <= budget for p in parts)
+
+
+def test_balanced_draw_is_even_over_gold_routes():
+    """4 % of the prompts are of one route: drawn as they come it gets about one of 32, balanced it gets its sixth."""
+    labels = ["text image retriever"] * 8 + ["text retriever"] * 60 + ["table retriever"] * 32 + ["none"] * 40 + ["answer"] * 60
+    items = list(enumerate(labels))
+    draw = lambda o: [label for _, label in train.balanced(o, items, lambda x: x[1], lambda x: x[1], train.Interest(0.8, {}), random.Random(1))]
+    even = draw(train.GrpoOptions(prompts=32))
+    assert {x: even.count(x) for x in set(labels)} == {"answer": 8, "none": 6, "table retriever": 6, "text image retriever": 6, "text retriever": 6}
+    assert len(set(map(id, even))) <= 32 and len(draw(train.GrpoOptions(prompts=32, balance=False))) == 32
+    assert draw(train.GrpoOptions(prompts=32, balance=False)).count("text image retriever") < 6
+
+
+def test_solved_prompts_are_drawn_less_often_but_not_never():
+    interest = train.Interest(0.8, {})
+    for _ in range(100):
+        interest.learn("solved", False)
+    rng, items = random.Random(0), ["solved"] * 50 + ["open"] * 50
+    drawn = [x for _ in range(400) for x in interest.choose(items, 5, lambda x: x, rng)]
+    share = drawn.count("solved") / len(drawn)
+    assert 0.1 < share < 0.25                        # weights 0.2 against 1: 0.2 / 1.2 = 0.167
+
+
+def test_route_tokens_are_those_between_the_ret_tags(processor):
+    text = infer.render_route("need capital", "What is the capital of Bakdol?", "Text Image Retriever")
+    ids = tuple(processor.encode(text))
+    inside = train.route_tokens(processor, infer.Candidate(text, ids, (0.0,) * len(ids), None))
+    assert processor.decode([i for i, x in zip(ids, inside) if x]) == " Text Image Retriever"
+    assert not any(train.route_tokens(processor, infer.Candidate("", tuple(processor.encode("no tags")), (), None)))
+
+
+# ------------------------------------------------------------------------------------------------------- runs, resume, bad input
+
+SFT = ("--save-every", 3, "--log-every", 100, "--threads", 1)
+
+
+def commands(home):
+    common = ("--model", home / "m", "--save-every", 3, "--log-every", 100, "--threads", 1)
+    return {
+        "sft": ("sft", *common, "--data", home / "w" / "steps.jsonl=2", home / "w" / "copy.jsonl"),
+        "online": ("grpo", *common, "--world", home / "w", "--prompts", 6, "--group", 4, "--max-new-tokens", 8, "--open-questions", 12),
+        "offline": ("grpo", *common, "--mode", "offline", "--data", home / "w" / "steps.jsonl", "--prompts", 6, "--group", 4, "--max-new-tokens", 8),
+        "outcome": ("grpo", *common, "--mode", "outcome", "--world", home / "w", "--questions", 2, "--group", 3, "--max-new-tokens", 8),
+    }
+
+
+@pytest.mark.parametrize("kind", ["sft", "online", "offline", "outcome"])
+def test_six_steps_equal_three_a_kill_and_three_more(home, tmp_path, kind):
+    words = commands(home)[kind]
+    whole = run("train.py", *words, "--steps", 6, "--decay", 0, "--out", tmp_path / "a")
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, words), "--steps", "6", "--decay", "0", "--out", str(tmp_path / "b")],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.time() + 60
+    while not (tmp_path / "b" / "last").exists() and process.poll() is None and time.time() < end:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "b" / "last").exists()
+    done = run("train.py", *words, "--steps", 6, "--decay", 0, "--out", tmp_path / "b")
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    for name in ("trainer.safetensors",):
+        assert (tmp_path / "a" / "last" / name).read_bytes() == (tmp_path / "b" / "last" / name).read_bytes()
+    assert log_of(tmp_path / "a") == log_of(tmp_path / "b") and len(log_of(tmp_path / "a")) == 6
+
+
+def test_a_signal_stops_behind_the_update_with_a_checkpoint(home, tmp_path):
+    words = [sys.executable, str(ROOT / "train.py"), *map(str, commands(home)["sft"]), "--steps", "100000", "--out", str(tmp_path / "r")]
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        before = len(log_of(tmp_path / "r")) if (tmp_path / "r" / "log.jsonl").exists() else 0
+        end = time.time() + 60
+        while time.time() < end and not ((tmp_path / "r" / "log.jsonl").exists() and len(log_of(tmp_path / "r")) > before + 1):
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == code and "continues" in err
+        state = json.loads((tmp_path / "r" / "last" / "trainer.json").read_text())
+        assert state["step"] == log_of(tmp_path / "r")[-1]["step"]
+
+
+def test_validation_chooses_the_best_checkpoint(home, tmp_path):
+    done = run("train.py", *commands(home)["sft"], "--steps", 4, "--val-world", home / "w", "--val-every", 2, "--val-questions", 6, "--out", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in open(tmp_path / "r" / "log.jsonl")]
+    scores = {r["step"]: r["validation"]["f1_recall"] for r in rows if "validation" in r}
+    assert set(scores) == {2, 4} and (tmp_path / "r" / "best" / "model.safetensors").exists()
+    best = json.loads(done.stdout.splitlines()[-1])["best"]
+    assert best["f1_recall"] == max(scores.values()) and best["step"] == min(s for s in scores if scores[s] == best["f1_recall"])
+    assert Processor.from_pretrained(tmp_path / "r" / "best") and VLM.from_pretrained(tmp_path / "r" / "best")
+
+
+def test_lora_trains_the_adapter_alone_and_its_base_is_the_reference(home, tmp_path):
+    VLM.from_config(home / "m", seed=4).save_pretrained(tmp_path / "base")
+    for f in ("tokenizer.json", "preprocessor_config.json", "generation_config.json", "prompts.json"):
+        (tmp_path / "base" / f).write_bytes((home / "m" / f).read_bytes())
+    words = list(commands(home)["online"])
+    words[words.index("--model") + 1] = tmp_path / "base"
+    done = run("train.py", *words, "--steps", 3, "--lora-rank", 4, "--kl-coef", 0.1, "--form", "published", "--entropy-coef", 0.01, "--out", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    saved = {p.name for p in (tmp_path / "r" / "last").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "trainer.safetensors"} <= saved and "model.safetensors" not in saved
+
+
+@pytest.mark.parametrize("words, message", [
+    (("sft", "--model", "nowhere", "--data", "x"), "nowhere"),
+    (("sft", "--data"), "expected at least one argument"),
+    (("grpo", "--mode", "sideways"), "invalid choice"),
+    (("grpo", "--steps", "many"), "invalid int"),
+    (("sft", "--no-such-flag", "1"), "unrecognized"),
+    (("dance",), "usage"),
+])
+def test_wrong_options_end_with_one_line_and_code_2(home, tmp_path, words, message):
+    done = run("train.py", *words, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1 and not os.listdir(tmp_path)
+
+
+def test_a_run_with_other_options_is_not_overwritten(home, tmp_path):
+    words = commands(home)["sft"]
+    assert run("train.py", *words, "--steps", 1, "--out", tmp_path / "r").returncode == 0
+    done = run("train.py", *words, "--steps", 1, "--seed", 9, "--out", tmp_path / "r")
+    assert done.returncode == 2 and "--seed" in done.stderr and done.stderr.count("\n") == 1
