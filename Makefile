@@ -27,8 +27,8 @@ data/demo/questions.jsonl: world.py .venv/ready
 	$(RUN) world.py $(TEST_WORLD) --questions 200 --out data/demo
 
 # Both shipped models anew, side by side on two cores: the trained one, and the deliberately weak start of Step-GRPO (see WORLD in README.md).
-PRACTICE = data/sft/copy.jsonl=5 data/sft/describe.jsonl=4 data/sft/compare.jsonl=1
-SFT = OMP_NUM_THREADS=1 $(RUN) train.py sft --model data/shell --threads 1 --seed $(SEED) --steps 8000 --learning-rate 1e-3 --warmup 100 \
+PRACTICE = data/sft/copy.jsonl=4 data/sft/describe.jsonl=5 data/sft/compare.jsonl=2.5
+SFT = OMP_NUM_THREADS=1 $(RUN) train.py sft --model data/shell --threads 1 --seed $(SEED) --steps 7000 --learning-rate 1e-3 --warmup 100 \
 	--previous-token-head --save-every 1000 --val-every 1000 --val-world data/val --log-every 200
 SEED ?= 0
 

@@ -209,7 +209,7 @@ class World:
             found = sorted(score, key=score.get, reverse=True)[:k]
         while len(found) < k:
             found.append(rng.choice(self.corpora[base])["text"])
-        if rng.random() < 0.1:
+        if base != "image" and rng.random() < 0.1:              # of pictures the rank is all there is to go by
             rng.shuffle(found)
         return [f"{PREFIXES[base]}-{i}: {text}" for i, text in enumerate(found)]
 
