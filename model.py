@@ -134,8 +134,9 @@ def read_config(source):
 
 def check_config(c, where):
     """Raise ValueError for sizes that do not fit each other, before anything is allocated."""
-    sizes = {f.name: getattr(c, f.name) for f in fields(Config)[:6]} | {f.name: getattr(c.vision, f.name) for f in fields(VisionConfig)[:-1]}
-    for name, value in sizes.items():
+    sizes = [(f.name, getattr(c, f.name)) for f in fields(Config)[:6]]
+    sizes += [("vision_config." + f.name, getattr(c.vision, f.name)) for f in fields(VisionConfig)[:-1]]
+    for name, value in sizes:
         if not isinstance(value, int) or not 1 <= value <= 1_000_000:
             raise ValueError(f"{where}: {name} is {value!r}, expected a whole number from 1 to 1000000")
     if c.hidden_size % c.num_attention_heads or c.num_attention_heads % c.num_key_value_heads:
@@ -496,9 +497,11 @@ def pick(logits, temperature, top_k, top_p, generator):
             kept = kept.masked_fill(kept < kept.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
         if top_p < 1.0:
             ordered, index = kept.softmax(-1).sort(dim=-1, descending=True)
-            outside = (ordered.cumsum(-1) - ordered >= top_p).scatter(1, index, ordered.cumsum(-1) - ordered >= top_p)
-            kept = kept.masked_fill(outside, -torch.inf)
-        tokens = torch.multinomial(kept.softmax(-1), 1, generator=generator)[:, 0]
+            outside = ordered.cumsum(-1) - ordered >= top_p                # the more likely tokens already hold top_p of the probability
+            kept = kept.masked_fill(torch.zeros_like(outside).scatter(1, index, outside), -torch.inf)
+        below = kept.exp().cumsum(-1)                                     # inverse of the distribution function: one random number a row
+        u = torch.rand(len(below), 1, generator=generator, device=below.device).clamp(max=1 - 1e-6) * below[:, -1:]
+        tokens = torch.searchsorted(below, u, right=True)[:, 0]
     return tokens, logps.gather(1, tokens[:, None])[:, 0]
 
 
@@ -569,7 +572,8 @@ class VLM(nn.Module):
         return vlm
 
     def save_pretrained(self, path, dtype=None, shard_bytes=5_000_000_000):
-        """Write config.json and safetensors (published key names) that `from_pretrained` and transformers read. Nothing is half-written."""
+        """Write config.json and safetensors (published key names) that `from_pretrained` and transformers read; an adapter is left out
+        (`save_adapter`, or `merge_lora` first). Each file is written beside and renamed."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         shards, size = [{}], 0
@@ -588,14 +592,20 @@ class VLM(nn.Module):
             index = {"metadata": {"total_size": sum(p.nbytes for s in shards for p in s.values())},
                      "weight_map": {key: name for name, s in zip(names, shards) for key in s}}
             write_json(path / "model.safetensors.index.json", index)
+        else:
+            (path / "model.safetensors.index.json").unlink(missing_ok=True)              # of a sharded model that was here before
+        for old in set(path.glob("model*.safetensors")) - {path / name for name in names}:
+            old.unlink()
         kept = str(dtype or next(self.parameters()).dtype).removeprefix("torch.")
-        write_json(path / "config.json", {**self.config.raw, "architectures": ["Qwen2_5_VLForConditionalGeneration"], "torch_dtype": kept})
+        raw = retyped(self.config.raw, kept)
+        write_json(path / "config.json", {**raw, "architectures": ["Qwen2_5_VLForConditionalGeneration"], "torch_dtype": kept})
 
     # -------------------------------------------------------------------------------------------------------------------- forward
-    def embed(self, input_ids, pixel_values=None, image_grid_thw=None):
-        """Token embeddings, with the image tokens' places filled by the vision tower. (B, T) -> (B, T, C)."""
+    def embed(self, input_ids, pixel_values=None, image_grid_thw=None, here=None):
+        """Token embeddings, with the image tokens' places (`here`, by default wherever their id stands) filled by the vision tower.
+        (B, T) -> (B, T, C)."""
         x = self.model.embed_tokens(input_ids)
-        here = input_ids == self.config.image_token_id
+        here = input_ids == self.config.image_token_id if here is None else here
         wanted = 0 if image_grid_thw is None else int((image_grid_thw.prod(-1) // self.config.vision.spatial_merge_size ** 2).sum())
         if int(here.sum()) != wanted:
             raise ValueError(f"{int(here.sum())} image tokens in input_ids, but the pictures make {wanted}: the prompt was cut or pictures are missing")
@@ -604,7 +614,7 @@ class VLM(nn.Module):
             x = x.masked_scatter(here[..., None], features)
         return x
 
-    def positions(self, input_ids, attention_mask=None, image_grid_thw=None):
+    def positions(self, input_ids, attention_mask=None, image_grid_thw=None, here=None):
         """M-RoPE positions (3, B, T) of time, height and width, and the position (B,) that comes after each row (arXiv 2409.12191, 2.1).
 
         Words advance all three by one. A picture's tokens share the position where it starts, plus their own row and column; what follows
@@ -613,7 +623,7 @@ class VLM(nn.Module):
         step = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         offsets = None
         if image_grid_thw is not None and len(image_grid_thw):
-            here = input_ids == self.config.image_token_id
+            here = input_ids == self.config.image_token_id if here is None else here
             step = step.masked_fill(here, 0)
             offsets, sides, counts = [], [], []
             for t, h, w in image_grid_thw.tolist():
@@ -635,11 +645,11 @@ class VLM(nn.Module):
         """Hidden states (..., C) -> logits (..., V); a tied head is the embedding table."""
         return F.linear(hidden, (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight)
 
-    def hidden_states(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None):
+    def hidden_states(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, here=None):
         """Normalised hidden states (B, T, C) of the last layer."""
         attention_mask = None if attention_mask is None else attention_mask.bool()
-        x = self.embed(input_ids, pixel_values, image_grid_thw)
-        positions, _ = self.positions(input_ids, attention_mask, image_grid_thw)
+        x = self.embed(input_ids, pixel_values, image_grid_thw, here)
+        positions, _ = self.positions(input_ids, attention_mask, image_grid_thw, here)
         return self.model(x, positions, padding_mask(attention_mask))
 
     def forward(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None):
@@ -672,7 +682,7 @@ class VLM(nn.Module):
         cache, hidden, position = self.prefill(input_ids, attention_mask, pixel_values, image_grid_thw)
         device, B = input_ids.device, len(input_ids)
         eos = torch.tensor(list(eos_ids), device=device, dtype=torch.long)
-        tokens = torch.full((B * n, max_new_tokens), eos_ids[0] if len(eos_ids) else 0, device=device)
+        tokens = torch.full((B * n, max_new_tokens), int(eos[0]) if len(eos) else 0, device=device)
         mask = torch.zeros(B * n, max_new_tokens, dtype=torch.bool, device=device)
         logps = torch.zeros(B * n, max_new_tokens, device=device)
         hidden, position = hidden.repeat_interleave(n, 0), position.repeat_interleave(n)
@@ -730,7 +740,8 @@ class VLM(nn.Module):
         """
         wanted = targets_mask.bool()
         wanted = wanted[:, 1:] if wanted.shape[1] == input_ids.shape[1] else wanted       # (B, T - 1)
-        hidden = self.hidden_states(input_ids, attention_mask, pixel_values, image_grid_thw)[:, :-1][wanted]    # (M, C)
+        here = (input_ids == self.config.image_token_id) & ~F.pad(wanted, (1, 0))         # a sampled image token is a token like any other
+        hidden = self.hidden_states(input_ids, attention_mask, pixel_values, image_grid_thw, here)[:, :-1][wanted]    # (M, C)
         logps = self.token_log_probs(hidden, input_ids[:, 1:][wanted], temperature)
         return torch.zeros(wanted.shape, device=hidden.device).masked_scatter(wanted, logps)
 
@@ -753,9 +764,9 @@ class VLM(nn.Module):
         block = torch.arange(n, device=device).repeat_interleave(L)                                       # which response a token is of
         block = torch.cat((block.new_full((P,), -1), block))                                              # -1: the prompt
         sees = ((block[None, :] == -1) | (block[:, None] == block[None, :])).tril()                       # (P + n L, P + n L)
-        seen = torch.cat((valid, mask.view(N, n * L)), dim=1)                                             # padding is seen by nobody
+        seen = torch.cat((valid, mask.reshape(N, n * L)), dim=1)                                           # padding is seen by nobody
         sees = (sees & seen[:, None, None, :]) | torch.eye(P + n * L, dtype=torch.bool, device=device)
-        x = torch.cat((self.embed(input_ids, pixel_values, image_grid_thw), self.model.embed_tokens(tokens.view(N, n * L))), dim=1)
+        x = torch.cat((self.embed(input_ids, pixel_values, image_grid_thw), self.model.embed_tokens(tokens.reshape(N, n * L))), dim=1)
         hidden = self.model(x, positions, sees)                                                           # (N, P + n L, C)
         first = torch.full((n, 1), P - 1, device=device)                                                  # the prompt's end predicts y[0],
         rest = P + torch.arange(n * L, device=device).view(n, L)[:, :-1]                                  # y[t - 1] predicts y[t]
@@ -772,6 +783,11 @@ def write_json(path, value):
     os.replace(new, path)
 
 
+def retyped(raw, dtype):
+    """config.json with the newer layout's `dtype` fields, wherever they stand, set to the type that is saved."""
+    return {k: retyped(v, dtype) if isinstance(v, dict) else dtype if k == "dtype" else v for k, v in raw.items()}
+
+
 def our_name(key):
     """Published key of either layout -> this file's parameter name (the older published layout)."""
     for theirs, ours in (("model.language_model.", "model."), ("model.visual.", "visual.")):
@@ -785,7 +801,10 @@ def weight_files(path):
     path = Path(path)
     index = path / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        listed = read_json(index)
+        if not isinstance(listed, dict) or not isinstance(listed.get("weight_map"), dict) or not listed["weight_map"]:
+            raise ValueError(f"{index}: expected an object with a weight_map that names a file for each weight")
+        names = sorted(set(map(str, listed["weight_map"].values())))
         if absent := [n for n in names if Path(n).name != n or not (path / n).is_file()]:
             raise ValueError(f"{path}: the index names files that are not there: {', '.join(absent)}")
         return [path / n for n in names]
@@ -833,12 +852,12 @@ def add_lora(vlm, rank=16, alpha=32, targets=LORA_TARGETS, seed=0):
 
     Raises ValueError where a target names no layer.
     """
-    found = {t: [name for name, m in vlm.named_modules() if isinstance(m, nn.Linear) and name.split(".")[-1] == t] for t in targets}
+    found = {t: [name for name, m in vlm.named_modules() if isinstance(m, nn.Linear) and ("." + name).endswith("." + t)] for t in targets}
     if empty := [t for t, names in found.items() if not names]:
         raise ValueError(f"add_lora: no linear layer is named {', '.join(empty)}")
     vlm.requires_grad_(False)
     generator = torch.Generator(next(vlm.parameters()).device).manual_seed(seed)
-    for name in (name for names in found.values() for name in names):
+    for name in dict.fromkeys(name for names in found.values() for name in names):
         parent, last = name.rsplit(".", 1)
         setattr(vlm.get_submodule(parent), last, LoRALinear(vlm.get_submodule(name), rank, alpha, generator))
     vlm.lora = {"r": rank, "lora_alpha": alpha, "target_modules": list(targets)}
@@ -879,16 +898,25 @@ def save_adapter(vlm, path):
 def load_adapter(vlm, path):
     """Read an adapter in peft's format into a model, adding the layers where it has none. Raises ValueError that names every key that does not fit."""
     config = read_json(Path(path) / "adapter_config.json")
-    for name, plain in (("peft_type", "LORA"), ("use_dora", False), ("use_rslora", False), ("bias", "none"), ("modules_to_save", None)):
-        if config.get(name, plain) != plain:
-            raise ValueError(f"{path}: {name} is {config[name]!r}, this code supports {plain!r} only")
+    plain = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none", "modules_to_save": None, "layers_to_transform": None,
+             "rank_pattern": {}, "alpha_pattern": {}}
+    for name, value in plain.items():
+        if (config.get(name) or value or None) != (value or None):
+            raise ValueError(f"{path}: {name} is {config[name]!r}, this code supports {value!r} only")
+    if not isinstance(config.get("target_modules"), list):
+        raise ValueError(f"{path}: target_modules is {config.get('target_modules')!r}, expected a list of layer names")
     if not hasattr(vlm, "lora"):
         add_lora(vlm, config["r"], config["lora_alpha"], tuple(config["target_modules"]))
+    if vlm.lora["lora_alpha"] != config["lora_alpha"]:
+        raise ValueError(f"{path}: lora_alpha is {config['lora_alpha']}, the model's adapter has {vlm.lora['lora_alpha']}")
     ours = {n: p for n, p in vlm.named_parameters() if "lora_" in n}
-    theirs = {}
-    with safe_open(Path(path) / "adapter_model.safetensors", framework="pt", device="cpu") as f:
-        for key in f.keys():
-            theirs[our_name(key.removeprefix("base_model.model.")).removesuffix(".weight")] = f.get_tensor(key)
+    theirs, file = {}, Path(path) / "adapter_model.safetensors"
+    try:
+        with safe_open(file, framework="pt", device="cpu") as f:
+            for key in f.keys():
+                theirs[our_name(key.removeprefix("base_model.model.")).removesuffix(".weight")] = f.get_tensor(key)
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{file}: not a readable safetensors file ({e})") from None
     bad = [f"missing: {n}" for n in sorted(set(ours) - set(theirs))] + [f"unexpected: {n}" for n in sorted(set(theirs) - set(ours))]
     bad += [f"shape {list(theirs[n].shape)} instead of {list(ours[n].shape)}: {n}" for n in ours if n in theirs and theirs[n].shape != ours[n].shape]
     if bad:
@@ -921,7 +949,7 @@ def smart_resize(height, width, factor, min_pixels, max_pixels):
     """
     if max(height, width) > 200 * min(height, width):
         raise ValueError(f"a picture of {width} x {height} pixels is more than 200 times longer than wide; cut it first")
-    h, w = (max(factor, round(side / factor) * factor) for side in (height, width))
+    h, w = (round(side / factor) * factor for side in (height, width))
     if h * w > max_pixels:
         beta = math.sqrt(height * width / max_pixels)
         h, w = (max(factor, math.floor(side / beta / factor) * factor) for side in (height, width))
@@ -938,7 +966,11 @@ def load_picture(image):
             with Image.open(image) as f:
                 f.load()
                 image = f
-        return ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:                   # what shows through is white, as in the published processor
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"{image}: no such picture") from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as e:
@@ -1017,8 +1049,10 @@ class Processor:
 
     def prompt(self, conversation):
         """One conversation -> (ids, list of patches, list of grids), ending with the header of the assistant's turn."""
-        pictures = [self.pixels(part["image"]) for m in conversation if not isinstance(m["content"], str)
-                    for part in m["content"] if part["type"] == "image"]
+        parts = [part for m in conversation if not isinstance(m["content"], str) for part in m["content"]]
+        if wrong := [part for part in parts if part.get("type") not in ("text", "image") or part["type"] not in part]:
+            raise ValueError(f"conversation: {str(wrong[0])[:80]} is neither {{'type': 'text', 'text': ...}} nor {{'type': 'image', 'image': ...}}")
+        pictures = [self.pixels(part["image"]) for part in parts if part["type"] == "image"]
         grids = iter([g for _, g in pictures])
         if conversation[0]["role"] != "system":
             conversation = [{"role": "system", "content": self.DEFAULT_SYSTEM}, *conversation]

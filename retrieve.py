@@ -14,11 +14,12 @@ On disk a base is one folder: shards of index + documents, and a manifest with t
 Shapes: N documents, Q queries, B batch, T tokens, H heads, D dimension of a vector, K hits, W words, V different words.
 
 Deviations from the paper and from the released code, and why:
-  * searching: an HNSW graph (Malkov and Yashunin, 2016), loaded once; the released code scores all vectors by brute force and
-    reloads encoders and corpus for each step. Exact search stays as an option (index="flat");
+  * searching: an HNSW graph (Malkov and Yashunin, 2016) that is loaded once. The released code scores all vectors by
+    brute force and reloads encoders and corpus for each step. Exact search stays as an option (index="flat");
   * the lexical and pixel encoders are ours: the embedded world must run without downloads;
-  * Wikipedia: the released builder repeats the last window of a page, breaks on quotes in titles, leaves HTML entities and
-    writes a wrong id before each passage. Here a last, shorter window covers what no full one does, and an id is "page-window";
+  * Wikipedia: the released builder repeats the last window of a page, breaks on quotes in titles, leaves HTML entities
+    and writes a wrong id before each passage. Here a last, shorter window covers what no full one does, and an id says
+    page and window;
   * splitted_tables.json is one JSON value and is parsed whole; all other corpora are streams.
 """
 import argparse
@@ -49,14 +50,14 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from model import load_picture as open_image, read_json, weight_files
+from model import load_picture as open_image, read_json, weight_files, write_json
 
 FORMAT = 1  # of the folder on disk; a base of another format is refused
 OVERFETCH = 8  # hits fetched beyond k, so that equal scores around the k-th place are settled by document order
-CHUNK = 4096  # documents encoded, or half-precision vectors scored, at a time
+CHUNK = 8192  # documents encoded, or vectors scored by exact search, at a time
 
 
-# ------------------------------------------------------------------------------------------------ documents
+# ------------------------------------------------------------------------------------------------------------ documents
 
 @dataclass(frozen=True)
 class Hit:
@@ -69,13 +70,14 @@ class Hit:
 
 def checked_doc(row, place):
     """A document with exactly the four fields, each of the right type; `place` (file:line) stands in the error."""
-    doc = {"id": row.get("id"), "text": row.get("text"), "title": row.get("title") or "", "image": row.get("image") or None}
+    doc = {"id": row.get("id"), "text": row.get("text"), "title": row.get("title") or "",
+           "image": row.get("image") or None}
     if type(doc["id"]) is int:
         doc["id"] = str(doc["id"])
     for name, value in doc.items():
         if not isinstance(value, str) and (name != "image" or value is not None):
             found = "missing" if value is None else type(value).__name__
-            raise ValueError(f"{place}: field {name!r} is {found}, expected a string (a document has id, text, title, image)")
+            raise ValueError(f"{place}: field {name!r} is {found}, expected a string: a row has id, text, title, image")
     return {name: value and utf8(value) for name, value in doc.items()}
 
 
@@ -97,7 +99,7 @@ def split_query(query):
     return utf8(text), image
 
 
-# ------------------------------------------------------------------------------------------------ readers of corpora
+# --------------------------------------------------------------------------------------------------- readers of corpora
 
 def lines_of(path):
     """Numbered places and lines of a text file: ("file:3", line). ValueError where it cannot be read as UTF-8."""
@@ -150,14 +152,16 @@ def read_mbeir(path, images=None):
         yield checked_doc({"id": row.get("did"), "text": text, "image": image}, place)
 
 
-MARKERS = ("[Title]", "[Section title]", "[Caption]", "[Table name]", "[Header]", "[Rows]", "[Row]", "[sep]")  # in id order
+MARKERS = ("[Title]", "[Section title]", "[Caption]", "[Table name]", "[Header]", "[Rows]", "[Row]", "[sep]")  # by id
 
 
 def read_tables(path, images=None):
-    """Open-WikiTable's splitted_tables.json in any pandas orientation: the flattened table is the text of the document."""
+    """Open-WikiTable's splitted_tables.json in any pandas orientation: a document's text is the flattened table."""
     data = read_json(path)
     if isinstance(data, list):  # orient="records"
         rows = enumerate(data)
+    elif not isinstance(data, dict):
+        raise ValueError(f"{path}: expected a list or an object of tables")
     elif isinstance(data.get("header"), dict) or isinstance(data.get("flattened"), dict):  # orient="columns"
         keys = next(column for name, column in data.items() if name in ("header", "flattened"))
         rows = ((key, {name: column.get(key) for name, column in data.items()}) for key in keys)
@@ -165,7 +169,8 @@ def read_tables(path, images=None):
         rows = data.items()
     for key, row in rows:
         place = f"{path}: table {key}"
-        if not isinstance(row, dict) or not ("flattened" in row or {"header", "rows"} <= set(row)):
+        row = row if isinstance(row, dict) else {}
+        if not row.get("flattened") and not all(isinstance(row.get(name), list) for name in ("header", "rows")):
             raise ValueError(f"{place}: expected flattened, or header and rows")
         yield checked_doc({"id": str(key), "text": row.get("flattened") or flatten_table(row)}, place)
 
@@ -183,10 +188,15 @@ WIKI_SKIP = re.compile(r"(List|Index|Outline) of |.*\(disambiguation", re.IGNORE
 WIKI_MEANINGS = re.compile(r"[^\n]{0,200}\b(may|can) (also |commonly )?refer to:?\s*$", re.MULTILINE)
 
 
+def files_of(path):
+    """A file, or all files below a folder in a fixed order."""
+    path = Path(path)
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
 def read_wiki(path, images=None):
-    """wikiextractor's output, plain or --json, a file or a folder of them: windows of 100 words, each with the page's title."""
-    files = sorted(f for f in Path(path).rglob("*") if f.is_file()) if Path(path).is_dir() else [path]
-    for file in files:
+    """wikiextractor's output, plain or --json, a file or a folder: windows of 100 words, each with the page's title."""
+    for file in files_of(path):
         for place, page, title, text in wiki_pages(file):
             title, text = html.unescape(title).strip(), html.unescape(text).strip()
             head, _, rest = text.partition("\n")
@@ -214,13 +224,13 @@ def wiki_pages(path):
         elif match := WIKI_HEADER.match(line):
             header = place, match[1], match[2]
         elif line.strip():
-            raise ValueError(f"{place}: expected <doc id= url= title=> or a JSON object, found {line.strip()[:40]!r}")
+            raise ValueError(f"{place}: expected <doc id= url= title=> or JSON, found {line.strip()[:40]!r}")
     if header is not None:
         raise ValueError(f"{header[0]}: page {header[2]!r} does not end with </doc>: is the file complete?")
 
 
 def windows(words, size=100, stride=50):
-    """Overlapping windows of words; the last one is shorter where full windows leave words over, none holds nothing new."""
+    """Overlapping windows of words, the last one shorter where full ones leave words over; each holds something new."""
     for start in range(0, max(len(words) - size + stride, 1), stride):
         yield " ".join(words[start:start + size])
 
@@ -228,18 +238,24 @@ def windows(words, size=100, stride=50):
 READERS = {"plain": read_docs, "wiki": read_wiki, "tables": read_tables, "mbeir": read_mbeir}
 
 
-# ------------------------------------------------------------------------------------------------ encoders without weights
+# --------------------------------------------------------------------------------------------- encoders without weights
 
 class Encoder:
-    """Turns documents and queries into rows of one vector space; what all encoders share.
-
-    Others need only encode_docs(list of documents) and encode_queries(list of queries), both -> (N, D) float32.
-    """
+    """Turns documents and queries into rows of one space. One's own needs name, dim and the two encode methods."""
     name = ""  # what load_encoder takes
     dim = 0
     normalised = True  # rows have length one, so that their inner product is their cosine
     ef = 200  # candidates that a search of an HNSW graph over such vectors should look at
     options = {}  # what load_encoder takes beside the name; travels with a base
+    cut = 0  # documents that were longer than the encoder reads
+
+    def encode_docs(self, docs):
+        """Documents (dicts with text, perhaps title and image) to rows (N, D) float32."""
+        raise NotImplementedError
+
+    def encode_queries(self, queries):
+        """Queries (strings, or dicts with text, image or both) to rows (Q, D) float32."""
+        raise NotImplementedError
 
     def fingerprint(self):
         """A string that differs where the vectors of the same document would (fitting aside)."""
@@ -262,22 +278,24 @@ class Encoder:
         return float(x @ y)
 
 
-WORD = re.compile(r"\d+|[\u3040-\u30ff\u3400-\u9fff]|[^\W\d_\u3040-\u30ff\u3400-\u9fff]+")  # Han and kana one by one
-STOP = frozenset("a an and are at be by did do does for from had has have he her his how in is it its of on or she that "
-                 "the their there these they this those to was were what when where which who whom whose why with".split())
+WORD = re.compile(r"\d+|[\u3040-\u30ff\u3400-\u9fff]|[^\W\d_\u3040-\u30ff\u3400-\u9fff]+")  # Han, kana one by one
+STOP = frozenset(
+    "a an and are at be by did do does for from had has have he her his how in is it its of on or she that the their "
+    "there these they this those to was were what when where which who whom whose why with".split())
 STOP_WEIGHT = 0.3
 NGRAM_SHARE = 0.4
 
 
 def words_of(text):
+    """Words and numbers in lower case, accents and widths in one spelling."""
     return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=16384)
 def sign_vector(key, dim):
     """The random direction of a string: +-1/sqrt(dim) by the bits of its hash, the same on every machine.
 
-    Random signs keep angles as well as Gaussian numbers do (Achlioptas, 2003): two strings have cosine 0 +- 1/sqrt(dim).
+    Random signs keep angles as well as Gaussian numbers do (Achlioptas, 2003): two strings have cosine 0 +- 1/sqrt(D).
     """
     bits = np.unpackbits(np.frombuffer(hashlib.shake_128(key.encode()).digest(dim // 8), np.uint8))
     return (bits.astype(np.float32) * 2 - 1) / math.sqrt(dim)  # (D,)
@@ -287,24 +305,25 @@ def sign_vector(key, dim):
 def word_vector(word, known, dim):
     """Vector of a word: its own random direction and a light share of its letter trigrams.
 
-    A misspelt or inflected word that no document holds consists of its trigrams alone and so still finds its neighbours.
-    Between two known words that share a syllable the trigrams add about 0.4^2 / 3 = 0.05 to the cosine, about what chance
-    does at 512 dimensions: exact names win.
+    A misspelt or inflected word that no document holds consists of its trigrams alone and so still finds neighbours.
+    Between two known words that share a syllable the trigrams add about 0.4^2 / 3 = 0.05 to the cosine, about what
+    chance does at 512 dimensions: exact names win.
     """
     edged = f"<{word}>"
     grams = sum(sign_vector(f"#{edged[i:i + 3]}", dim) for i in range(len(edged) - 2))
     grams = grams / max(np.linalg.norm(grams), 1e-9)
-    return math.sqrt(1 - NGRAM_SHARE**2) * sign_vector(word, dim) + NGRAM_SHARE * grams if known else grams  # (D,)
+    if not known:
+        return grams
+    return math.sqrt(1 - NGRAM_SHARE**2) * sign_vector(word, dim) + NGRAM_SHARE * grams  # (D,)
 
 
 class Lexical(Encoder):
-    """Bag of words by random projection, each word weighted by the square root of its smoothed inverse document frequency.
+    """Bag of words by random projection, each word weighted by the square root of its inverse document frequency.
 
-    (With the plain one a rare name, and the chance similarity of other names to it, drowns the word that says what is asked.)
-    The frequencies are those of the corpus the encoder was fitted on; unfitted, all words but stop words weigh the same. An
-    encoder that is fitted stays as it is.
-    Such vectors stand in no slope that a graph could follow, so searches must look at many candidates: meant for corpora of
-    up to some 10,000 documents.
+    (With the frequency itself a rare name, and other names that chance makes similar to it, drown the word that says
+    what is asked.) The frequencies are those of the corpus the encoder was fitted on; unfitted, all but stop words weigh
+    the same; fitted once, it stays as it is. Such vectors form no slope that a graph could follow, so a search
+    must look at many candidates: meant for corpora of up to some 10,000 documents.
     """
     name, dim, ef = "lexical", 512, 2500
 
@@ -345,10 +364,10 @@ class Lexical(Encoder):
         table = np.stack([word_vector(word, self.known(word), Lexical.dim) for word in column])  # (V, D)
         table *= np.array([self.weight(word) for word in column], np.float32)[:, None]
         words = torch.tensor([column[word] for bag in bags for word in bag])  # (W,)
-        times = torch.tensor([1 + math.log(n) for bag in bags for n in bag.values()])  # (W,) repetitions count less and less
+        times = torch.tensor([1 + math.log(n) for bag in bags for n in bag.values()])  # (W,) repetitions count less
         starts = torch.tensor(np.cumsum([0] + [len(bag) for bag in bags[:-1]]))  # (N,)
-        total = F.embedding_bag(words, torch.from_numpy(table), starts, mode="sum", per_sample_weights=times)  # (N, D)
-        return F.normalize(total, dim=1).numpy()
+        total = F.embedding_bag(words, torch.from_numpy(table), starts, mode="sum", per_sample_weights=times)
+        return F.normalize(total, dim=1).numpy()  # (N, D)
 
     def encode_docs(self, docs):
         return self.encode_texts([passage(doc) for doc in docs])
@@ -387,8 +406,10 @@ class Pixel(Lexical):
         return self.fuse([doc.get("image") for doc in docs], super().encode_docs(docs))
 
     def encode_queries(self, queries):
-        """Beside a picture the words count by the share of their idf that the captions know: "which country has this
-        flag?" holds nothing that tells one caption from another, so the picture alone decides; a name would decide with it.
+        """Queries to unit rows (Q, 704) float32.
+
+        Beside a picture the words count by the share of their idf that the captions know: "which country has this
+        flag?" holds nothing that tells one caption from another, so the picture alone decides; a name would count.
         """
         pairs = [split_query(query) for query in queries]
         shares = np.array([1.0 if image is None else self.told(text) for text, image in pairs], np.float32)
@@ -396,12 +417,12 @@ class Pixel(Lexical):
         return self.fuse([image for _, image in pairs], words)
 
     def told(self, text):
-        """Share of the text's idf that lies on words of the corpus, from 0 to 1; a word of every document adds nothing."""
+        """Share of the text's idf that lies on words of the corpus, 0 to 1; a word of every document adds nothing."""
         idf = {word: self.idf(word) for word in set(words_of(text)) - STOP}
         return sum(value for word, value in idf.items() if self.known(word)) / max(sum(idf.values()), 1e-9)
 
 
-# ------------------------------------------------------------------------------------------------ transformer encoders
+# ------------------------------------------------------------------------------------------------- transformer encoders
 
 def option(default, text):
     """A dataclass field whose help text also serves the command line."""
@@ -425,18 +446,29 @@ class EncoderOptions:
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 
 
-class Block(nn.Module):
-    """A transformer block: BERT normalises after each residual sum, CLIP (pre=True) before each sub-layer."""
+def known_value(name, value, known):
+    """The value, if it is one that this file implements."""
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}: this program knows {', '.join(map(str, known))}")
+    return value
 
-    def __init__(self, width, heads, inner, act, eps, pre=False, causal=False):
+
+class Block(nn.Module):
+    """A transformer block of config `c`: BERT normalises after each residual sum, CLIP (pre) before each sub-layer."""
+
+    def __init__(self, c, eps, pre=False, causal=False):
         super().__init__()
-        self.heads, self.act, self.pre, self.causal = heads, ACTIVATIONS[act], pre, causal
+        width, inner, self.heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
+        act = c.get("hidden_act", "quick_gelu" if pre else "gelu")
+        self.act, self.pre, self.causal = ACTIVATIONS[known_value("hidden_act", act, ACTIVATIONS)], pre, causal
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
         self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
         self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
 
     def attend(self, x, mask):
-        q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H, T, D/H)
+        """Self-attention of x (B, T, D)."""
+        heads = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = heads  # (B, H, T, D / H) each
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
@@ -462,8 +494,7 @@ class Bert(nn.Module):
         self.positions = nn.Embedding(c["max_position_embeddings"], width)
         self.types = nn.Embedding(c.get("type_vocab_size", 2), width)
         self.norm = nn.LayerNorm(width, eps)
-        self.blocks = nn.ModuleList(Block(width, c["num_attention_heads"], c["intermediate_size"], c.get("hidden_act", "gelu"), eps)
-                                    for _ in range(c["num_hidden_layers"]))
+        self.blocks = nn.ModuleList(Block(c, eps) for _ in range(c["num_hidden_layers"]))
         self.pooler = nn.Linear(width, width) if with_pooler else None
         self.first = c.get("pad_token_id", 1) + 1 if "roberta" in c["model_type"] else 0  # position of the first token
 
@@ -483,14 +514,14 @@ BERT_NAMES = [  # published name -> ours, every rule in turn
     (r"^embeddings\.word_embeddings", "words"), (r"^embeddings\.position_embeddings", "positions"),
     (r"^embeddings\.token_type_embeddings", "types"), (r"^embeddings\.LayerNorm", "norm"),
     (r"^encoder\.layer\.", "blocks."), (r"\.attention\.self\.query", ".q"), (r"\.attention\.self\.key", ".k"),
-    (r"\.attention\.self\.value", ".v"), (r"\.attention\.output\.dense", ".out"), (r"\.attention\.output\.LayerNorm", ".norm1"),
-    (r"\.intermediate\.dense", ".up"), (r"\.output\.dense", ".down"), (r"\.output\.LayerNorm", ".norm2"),
-    (r"^pooler\.dense", "pooler")]
+    (r"\.attention\.self\.value", ".v"), (r"\.attention\.output\.dense", ".out"),
+    (r"\.attention\.output\.LayerNorm", ".norm1"), (r"\.intermediate\.dense", ".up"),
+    (r"\.output\.dense", ".down"), (r"\.output\.LayerNorm", ".norm2"), (r"^pooler\.dense", "pooler")]
 BERT_UNUSED = r"^(cls|lm_head|classifier)\.|position_ids$|token_type_ids$"
 
 
 def load_weights(module, path, names, unused):
-    """Fills a module made on the meta device from a directory's safetensors; every key that does not fit is in the one error."""
+    """Fills a module made on the meta device from safetensors; one error lists every key that does not fit."""
     wanted, state, problems = module.state_dict(), {}, []
     for file in weight_files(path):
         try:
@@ -525,60 +556,65 @@ def read_tokenizer(path):
     """The directory's tokenizer.json, without the padding and truncation that may be saved in it."""
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
-        raise ValueError(f"{file}: missing: save it with transformers' AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)")
-    tokenizer = Tokenizer.from_file(str(file))
+        raise ValueError(f"{file}: missing: make it with AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) once")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{file}: not a tokenizer that can be read ({error})") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
 
 
-def token_batches(tokenizer, texts, budget, device):
-    """Tokenises texts and yields batches of at most `budget` tokens: positions (list), ids (B, T) and lengths (B,).
+def token_batches(encoder, texts):
+    """Batches of an encoder's tokens: positions in `texts` (list), ids (B, T) and lengths (B,).
 
     The longest come first and similar lengths together, so that little is padding, which stands behind the tokens.
+    Texts that the tokenizer cut are counted in `encoder.cut`.
     """
-    tokens = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    encodings = encoder.tokenizer.encode_batch(texts)
+    encoder.cut += sum(bool(encoding.overflowing) for encoding in encodings)
+    tokens = [encoding.ids for encoding in encodings]
     order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
     while order:
         longest = len(tokens[order[0]])
-        size = max(budget // longest, 1)
+        size = max(encoder.settings.batch_tokens // longest, 1)
         batch, order = order[:size], order[size:]
-        ids = torch.tensor([tokens[i] + [0] * (longest - len(tokens[i])) for i in batch], device=device)
-        yield batch, ids, torch.tensor([len(tokens[i]) for i in batch], device=device)
+        ids = torch.tensor([tokens[i] + [0] * (longest - len(tokens[i])) for i in batch], device=encoder.device)
+        yield batch, ids, torch.tensor([len(tokens[i]) for i in batch], device=encoder.device)
 
 
 class TextModel:
     """One directory of the BERT family: texts in, vectors out."""
 
-    def __init__(self, path, options, device):
+    def __init__(self, path, settings, device):
         config = check_bert(read_json(Path(path) / "config.json"), path)
-        self.options, self.device = options, device
-        self.pooling = options.pooling or directory_pooling(path)
-        if self.pooling not in ("cls", "mean", "pooler"):
-            raise ValueError(f"{path}: pooling is {self.pooling!r}: this program knows cls, mean and pooler")
+        self.settings, self.device, self.dim, self.cut = settings, device, config["hidden_size"], 0
+        pooling = settings.pooling or directory_pooling(path)
+        self.pooling = known_value(f"{path}: pooling", pooling, ("cls", "mean", "pooler"))
         with torch.device("meta"):
             net = Bert(config, with_pooler=self.pooling == "pooler")
         net = load_weights(net, path, BERT_NAMES, BERT_UNUSED + ("" if net.pooler else r"|^pooler\."))
         self.net = net.to(device, precision(device)).eval()
-        self.dim = config["hidden_size"]
         self.tokenizer = read_tokenizer(path)
-        if options.markers:
+        if settings.markers:
             self.tokenizer.add_tokens(list(MARKERS))
-        if self.tokenizer.get_vocab_size() > config["vocab_size"]:
-            raise ValueError(f"{path}: the tokenizer has {self.tokenizer.get_vocab_size()} tokens, the model {config['vocab_size']}")
+        if (size := self.tokenizer.get_vocab_size()) > config["vocab_size"]:
+            raise ValueError(f"{path}: the tokenizer has {size} tokens, the model {config['vocab_size']}")
         room = config["max_position_embeddings"] - self.net.first
-        said = Path(path) / "sentence_bert_config.json"
-        self.length = min(options.max_length or (said.is_file() and read_json(said).get("max_seq_length")) or room, room)
+        file = Path(path) / "sentence_bert_config.json"
+        said = read_json(file).get("max_seq_length") if file.is_file() else None
+        self.length = min(settings.max_length or said or room, room)
 
     @torch.inference_mode()
     def __call__(self, texts, length=0):
         """Texts, cut at `length` tokens (0: what the directory says), to rows (N, D) float32."""
         self.tokenizer.enable_truncation(min(length or self.length, self.length))
         out = np.empty((len(texts), self.dim), np.float32)
-        for batch, ids, sizes in token_batches(self.tokenizer, texts, self.options.batch_tokens, self.device):
+        for batch, ids, sizes in token_batches(self, texts):
             mask = torch.arange(ids.shape[1], device=self.device) < sizes[:, None]  # (B, T)
             vectors = self.pool(self.net(ids, mask), mask).float()  # (B, D)
-            out[batch] = (F.normalize(vectors, dim=1) if self.options.normalise else vectors).cpu().numpy()
+            out[batch] = (F.normalize(vectors, dim=1) if self.settings.normalise else vectors).cpu().numpy()
         return out
 
     def pool(self, hidden, mask):
@@ -590,14 +626,12 @@ class TextModel:
 
 def check_bert(config, path):
     """The config of a BERT-family model, if this file can run it."""
-    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
-    if absent := [name for name in needed if name not in config]:
+    needed = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+              "max_position_embeddings"}
+    if absent := sorted(needed - set(config)):
         raise ValueError(f"{path}/config.json: {', '.join(absent)} missing")
-    kind = config.get("position_embedding_type") or "absolute"
-    for name, value, known in (("position_embedding_type", kind, ["absolute"]),
-                               ("hidden_act", config.get("hidden_act", "gelu"), list(ACTIVATIONS))):
-        if value not in known:
-            raise ValueError(f"{path}/config.json: {name} is {value!r}, this program knows {', '.join(known)}")
+    positions = config.get("position_embedding_type") or "absolute"
+    known_value(f"{path}/config.json: position_embedding_type", positions, ["absolute"])
     return config
 
 
@@ -616,31 +650,37 @@ class TextEncoder(Encoder):
     """Documents and queries through one BERT-family model, or through one each."""
 
     def __init__(self, path, device="cpu", **options):
-        self.name, self.options = str(path), options
-        self.settings = settings = make_options(EncoderOptions, options)
+        self.name, self.options = os.path.abspath(path), options
+        self.settings = settings = make_settings(options)
         self.passages = TextModel(path, settings, device)
         asked = replace(settings, markers=False)  # the question tokenizer has no table markers
         self.questions = TextModel(settings.query_model, asked, device) if settings.query_model else self.passages
         self.dim, self.normalised = self.passages.dim, settings.normalise
         if self.questions.dim != self.dim:
             raise ValueError(f"{settings.query_model}: dimension {self.questions.dim}, {path} has {self.dim}")
+        self.print = model_print([path] + [settings.query_model] * bool(settings.query_model), self.passages.pooling,
+                                 self.passages.length, settings.normalise, settings.passage_prefix, settings.markers)
 
     def fingerprint(self):
-        s = self.settings
-        return directory_fingerprint(self.name, self.passages.pooling, self.passages.length, s.normalise, s.passage_prefix, s.markers)
+        return self.print
+
+    @property
+    def cut(self):
+        return self.passages.cut
 
     def encode_docs(self, docs):
         return self.passages([self.settings.passage_prefix + passage(doc) for doc in docs])
 
     def encode_queries(self, queries):
-        return self.questions([self.settings.query_prefix + text for text in texts_only(queries)], self.settings.query_length)
+        texts = [self.settings.query_prefix + text for text in texts_only(queries)]
+        return self.questions(texts, self.settings.query_length)
 
 
-def directory_fingerprint(path, *options):
-    """A hash of a model directory's config, tokenizer and weights, and of the options that shape document vectors."""
+def model_print(paths, *options):
+    """A hash of model directories (config, tokenizer, weights) and of the options that shape document vectors."""
     names = ("config.json", "tokenizer.json", "preprocessor_config.json")
-    files = [file for file in (Path(path) / name for name in names) if file.is_file()] + weight_files(path)
-    sums = [checksum(file)["sha256"] for file in files]
+    files = [file for path in paths for file in [*(Path(path) / name for name in names), *weight_files(path)]]
+    sums = [checksum(file)["sha256"] for file in files if file.is_file()]
     return hashlib.sha256(json.dumps([sums, options]).encode()).hexdigest()[:32]
 
 
@@ -650,21 +690,20 @@ class Tower(nn.Module):
     def __init__(self, c, projection, picture):
         super().__init__()
         width, eps = c["hidden_size"], c.get("layer_norm_eps", 1e-5)
+        places = (c["image_size"] // c["patch_size"]) ** 2 + 1 if picture else c["max_position_embeddings"]
         if picture:
             self.patches = nn.Conv2d(3, width, c["patch_size"], c["patch_size"], bias=False)
             self.summary = nn.Parameter(torch.empty(width))
             self.norm0 = nn.LayerNorm(width, eps)
         else:
             self.words = nn.Embedding(c["vocab_size"], width)
-        places = (c["image_size"] // c["patch_size"]) ** 2 + 1 if picture else c["max_position_embeddings"]
         self.positions = nn.Embedding(places, width)
-        self.blocks = nn.ModuleList(Block(width, c["num_attention_heads"], c["intermediate_size"], c.get("hidden_act", "quick_gelu"),
-                                          eps, pre=True, causal=not picture) for _ in range(c["num_hidden_layers"]))
+        self.blocks = nn.ModuleList(Block(c, eps, pre=True, causal=not picture) for _ in range(c["num_hidden_layers"]))
         self.norm = nn.LayerNorm(width, eps)
         self.projection = nn.Linear(width, projection, bias=False)
 
     def embed_text(self, ids, sizes):
-        """Token ids (B, T), padded behind their sizes (B,), to (B, D): the state of the last token, which has seen all others."""
+        """Token ids (B, T), padded behind their sizes (B,), to (B, D): the last token's state, which has seen all."""
         x = self.words(ids) + self.positions.weight[:ids.shape[1]]  # (B, T, width)
         for block in self.blocks:
             x = block(x)
@@ -681,43 +720,51 @@ class Tower(nn.Module):
 
 
 CLIP_NAMES = [
-    (r"^(text|vision)_model\.", r"\1."), (r"^text_projection", "text.projection"), (r"^visual_projection", "vision.projection"),
-    (r"\.embeddings\.token_embedding", ".words"), (r"\.embeddings\.position_embedding", ".positions"),
+    (r"^(text|vision)_model\.", r"\1."), (r"^text_projection", "text.projection"),
+    (r"^visual_projection", "vision.projection"), (r"\.embeddings\.token_embedding", ".words"),
+    (r"\.embeddings\.position_embedding", ".positions"),
     (r"\.embeddings\.patch_embedding", ".patches"), (r"\.embeddings\.class_embedding", ".summary"),
     (r"\.encoder\.layers\.", ".blocks."), (r"\.self_attn\.(q|k|v)_proj", r".\1"), (r"\.self_attn\.out_proj", ".out"),
     (r"\.layer_norm(\d)", r".norm\1"), (r"\.mlp\.fc1", ".up"), (r"\.mlp\.fc2", ".down"),
     (r"\.pre_layrnorm", ".norm0"), (r"\.(final|post)_layer_?norm", ".norm")]
 CLIP_UNUSED = r"^logit_scale$|position_ids$"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_TEXT = dict(vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
+                 max_position_embeddings=77)  # what a published config.json may leave out
+CLIP_VISION = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                   image_size=224, patch_size=32)
 
 
 class ClipEncoder(Encoder):
-    """Words and pictures in one space; what has both gets the sum of its two vectors (UniIR's score fusion, Wei et al., 2023)."""
+    """Words and pictures in one space; what has both gets the sum of the two vectors (UniIR's score fusion, 2023)."""
 
     def __init__(self, path, device="cpu", **options):
         config = read_json(Path(path) / "config.json")
-        self.name, self.options, self.device = str(path), options, device
-        self.settings, self.dim = make_options(EncoderOptions, options), config["projection_dim"]
+        text, vision = ({**defaults, **config.get(f"{name}_config", {})}
+                        for name, defaults in (("text", CLIP_TEXT), ("vision", CLIP_VISION)))
+        self.name, self.options, self.device, self.cut = os.path.abspath(path), options, device, 0
+        self.settings, self.dim = make_settings(options), config.get("projection_dim", 512)
         with torch.device("meta"):
-            towers = nn.ModuleDict({"text": Tower(config["text_config"], self.dim, picture=False),
-                                    "vision": Tower(config["vision_config"], self.dim, picture=True)})
+            towers = nn.ModuleDict({"text": Tower(text, self.dim, picture=False),
+                                    "vision": Tower(vision, self.dim, picture=True)})
         self.towers = load_weights(towers, path, CLIP_NAMES, CLIP_UNUSED).to(device, precision(device)).eval()
         self.tokenizer = read_tokenizer(path)
-        self.tokenizer.enable_truncation(config["text_config"]["max_position_embeddings"])
+        self.tokenizer.enable_truncation(text["max_position_embeddings"])
         file = Path(path) / "preprocessor_config.json"
-        said, side = read_json(file) if file.is_file() else {}, config["vision_config"]["image_size"]
-        edge, crop = said.get("size", side), said.get("crop_size", side)
+        said = read_json(file) if file.is_file() else {}
+        edge, crop = (said.get(name, vision["image_size"]) for name in ("size", "crop_size"))
         self.edge = edge.get("shortest_edge", edge.get("height")) if isinstance(edge, dict) else edge
         self.crop = crop["height"] if isinstance(crop, dict) else crop
         self.resample = said.get("resample", Image.BICUBIC)
-        self.mean, self.std = (np.array(said.get(f"image_{key}", value), np.float32)
-                               for key, value in (("mean", CLIP_MEAN), ("std", CLIP_STD)))
+        self.mean = np.array(said.get("image_mean", CLIP_MEAN), np.float32)
+        self.std = np.array(said.get("image_std", CLIP_STD), np.float32)
+        self.print = model_print([path], self.settings.passage_prefix)
 
     def fingerprint(self):
-        return directory_fingerprint(self.name, self.settings.passage_prefix)
+        return self.print
 
     def pixels(self, image):
-        """A picture as the network sees it: shorter edge resized, middle cut out, normalised. (3, side, side) float32."""
+        """A picture for the network: shorter edge resized, middle cut out, normalised: (3, side, side) float32."""
         image = open_image(image)
         short, long = sorted(image.size)
         size = [self.edge if n == short else int(self.edge * long / short) for n in image.size]
@@ -731,31 +778,31 @@ class ClipEncoder(Encoder):
         """Texts (N, "" for none) and pictures (N, None for none) to unit rows (N, D) float32."""
         total = np.zeros((len(texts), self.dim), np.float32)
         worded = [i for i, text in enumerate(texts) if text.strip()]
-        spoken = [texts[i] for i in worded]
-        for batch, ids, sizes in token_batches(self.tokenizer, spoken, self.settings.batch_tokens, self.device):
+        for batch, ids, sizes in token_batches(self, [texts[i] for i in worded]):
             total[[worded[i] for i in batch]] += self.towers["text"].embed_text(ids, sizes).float().cpu().numpy()
         pictured = [i for i, image in enumerate(images) if image is not None]
         for start in range(0, len(pictured), 32):
             batch = pictured[start:start + 32]
-            pixels = torch.from_numpy(np.stack([self.pixels(images[i]) for i in batch])).to(self.device, precision(self.device))
+            pixels = torch.from_numpy(np.stack([self.pixels(images[i]) for i in batch]))  # (B, 3, side, side)
+            pixels = pixels.to(self.device, precision(self.device))
             total[batch] += self.towers["vision"].embed_pictures(pixels).float().cpu().numpy()
         return F.normalize(torch.from_numpy(total), dim=1).numpy()
 
     def encode_docs(self, docs):
-        return self.encode_pairs([passage(doc) and self.settings.passage_prefix + passage(doc) for doc in docs],
-                                 [doc.get("image") for doc in docs])
+        texts = [passage(doc) and self.settings.passage_prefix + passage(doc) for doc in docs]
+        return self.encode_pairs(texts, [doc.get("image") for doc in docs])
 
     def encode_queries(self, queries):
         pairs = [split_query(query) for query in queries]
-        return self.encode_pairs([text and self.settings.query_prefix + text for text, _ in pairs], [image for _, image in pairs])
+        texts = [text and self.settings.query_prefix + text for text, _ in pairs]
+        return self.encode_pairs(texts, [image for _, image in pairs])
 
 
-def make_options(kind, values):
-    """An options dataclass from keyword arguments; an unknown name is refused."""
-    known = [f.name for f in fields(kind)]
-    if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"unknown option {', '.join(unknown)}: known are {', '.join(known)}")
-    return kind(**values)
+def make_settings(options):
+    """EncoderOptions from keyword arguments."""
+    for name in options:
+        known_value("encoder option", name, [f.name for f in fields(EncoderOptions)])
+    return EncoderOptions(**options)
 
 
 WEIGHT_FREE = {"lexical": Lexical, "pixel": Pixel}
@@ -772,14 +819,13 @@ def load_encoder(path_or_name, device="cpu", **options):
             raise ValueError(f"encoder {name!r} takes no options, got {', '.join(sorted(options))}")
         return WEIGHT_FREE[name]()
     if not (Path(name) / "config.json").is_file():
-        raise ValueError(f"unknown encoder {name!r}: give {', '.join(WEIGHT_FREE)} or a model directory with config.json")
+        raise ValueError(f"unknown encoder {name!r}: give {', '.join(WEIGHT_FREE)} or a directory with config.json")
     kind = read_json(Path(name) / "config.json").get("model_type")
-    if kind not in (*BERT_TYPES, "clip"):
-        raise ValueError(f"{name}: model_type is {kind!r}, this program knows {', '.join(BERT_TYPES)} and clip")
+    known_value(f"{name}: model_type", kind, (*BERT_TYPES, "clip"))
     return (ClipEncoder if kind == "clip" else TextEncoder)(name, device, **options)
 
 
-# ------------------------------------------------------------------------------------------------ indexes
+# -------------------------------------------------------------------------------------------------------------- indexes
 
 @dataclass(frozen=True)
 class IndexOptions:
@@ -789,7 +835,7 @@ class IndexOptions:
     ef_construction: int = option(200, "candidates looked at when a node is inserted")
     ef: int = option(0, "candidates looked at by a search; 0: as the encoder needs (2500 without weights, else 200)")
     seed: int = option(0, "of the graph's random layers")
-    threads: int = option(0, "that insert; 0: all cores, but one for up to 20000 vectors, where the graph then repeats byte for byte")
+    threads: int = option(0, "that insert; 0: one for up to 20000 vectors, so that every byte repeats, else all cores")
 
     def __post_init__(self):
         if self.index not in INDEXES:
@@ -800,9 +846,9 @@ class IndexOptions:
 
 
 def exact_search(chunks, queries, k, device="cpu"):
-    """The k largest inner products of queries (Q, D) with chunks of rows: scores (Q, k) float32 and rows (Q, k) int64."""
+    """The k largest inner products of queries (Q, D) with chunks of rows: scores (Q, k) float32, rows (Q, k) int64."""
     queries = torch.from_numpy(queries).to(device)
-    best, rows, start = queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0, dtype=torch.long), 0
+    best, rows, start = queries.new_empty(len(queries), 0), queries.new_empty((len(queries), 0), dtype=torch.long), 0
     for chunk in chunks:
         chunk = torch.from_numpy(chunk).to(device).float()  # (C, D)
         scores, found = (queries @ chunk.T).topk(min(k, len(chunk)), dim=1)  # (Q, <=k)
@@ -843,9 +889,9 @@ class Graph:
         index.load_index(str(path))
         return cls(index, options)
 
-    def rows(self, numbers):
-        """The vectors of some rows: (n, D) float32."""
-        return self.index.get_items(numbers, return_type="numpy")
+    def block(self, start, stop):
+        """The vectors of some rows that follow one another: (n, D) float32."""
+        return self.index.get_items(np.arange(start, stop), return_type="numpy")
 
     def search(self, queries, k, device):
         """The k <= count nearest rows of queries (Q, D): scores (Q, k) and rows (Q, k)."""
@@ -882,8 +928,8 @@ class Flat:
         vectors = np.load(path, mmap_mode="r")
         return cls(vectors, len(vectors))
 
-    def rows(self, numbers):
-        return np.asarray(self.vectors[numbers])  # (n, D) float16
+    def block(self, start, stop):
+        return np.array(self.vectors[start:stop])  # (n, D) float16
 
     def search(self, queries, k, device):
         return exact_search(chunks_of(self), queries, k, device)
@@ -895,16 +941,17 @@ INDEXES = {"hnsw": Graph, "flat": Flat}
 def chunks_of(index):
     """All vectors of an index, some thousand rows at a time."""
     for start in range(0, index.count, CHUNK):
-        yield index.rows(np.arange(start, min(start + CHUNK, index.count)))
+        yield index.block(start, min(start + CHUNK, index.count))
 
 
-# ------------------------------------------------------------------------------------------------ the folder on disk
+# --------------------------------------------------------------------------------------------------- the folder on disk
 
 class DocFile:
-    """Documents on disk, each read by its offset when it is asked for; image paths come back joined to the base's folder."""
+    """Documents on disk, read by offset when they are asked for; image paths come back joined to the base's folder."""
 
     def __init__(self, folder, stem):
-        self.folder, self.offsets = os.fspath(folder), np.load(folder / f"{stem}.offsets.npy")  # (N + 1,) first bytes of lines
+        self.folder = os.fspath(folder)
+        self.offsets = np.load(folder / f"{stem}.offsets.npy")  # (N + 1,) first bytes of the lines
         with open(folder / f"{stem}.docs.jsonl", "rb") as file:
             self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -935,7 +982,7 @@ class Shard:
         return cls(index, docs)
 
     def write(self, folder, number, home):
-        """Writes shard `number` into a folder; returns its record for the manifest. Images are stored relative to `home`."""
+        """Writes shard `number` into a folder and returns its record; image paths are stored relative to `home`."""
         stem, offset, offsets = f"{number:05d}", 0, [0]
         self.index.save(folder / (stem + self.index.suffix))
         with open(folder / f"{stem}.docs.jsonl", "wb") as file:
@@ -944,12 +991,12 @@ class Shard:
                 offset += file.write(json.dumps({**doc, "image": image}, ensure_ascii=False).encode() + b"\n")
                 offsets.append(offset)
         np.save(folder / f"{stem}.offsets.npy", np.array(offsets))
-        return {"count": len(self.docs), "files": {file.name: checksum(file) for file in sorted(folder.glob(stem + ".*"))}}
+        files = sorted(folder.glob(stem + ".*"))
+        return {"count": len(self.docs), "files": {file.name: checksum(file) for file in files}}
 
     @classmethod
     def load(cls, folder, number, dim, options):
-        stem = f"{number:05d}"
-        kind = INDEXES[options.index]
+        stem, kind = f"{number:05d}", INDEXES[options.index]
         return cls(kind.load(folder / (stem + kind.suffix), dim, options), DocFile(folder, stem))
 
 
@@ -964,12 +1011,11 @@ def checksum(path):
 
 def write_manifest(folder, encoder, options, records):
     """The last file of a base: what it is made of, and how to tell that nothing changed since."""
-    (folder / "encoder.json").write_text(json.dumps(encoder.state()), encoding="utf-8")
-    body = {"format": FORMAT, "dim": encoder.dim, "count": sum(record["count"] for record in records), "index": asdict(options),
+    write_json(folder / "encoder.json", encoder.state())
+    body = {"format": FORMAT, "count": sum(record["count"] for record in records), "dim": encoder.dim, "space": "ip",
             "encoder": {"name": encoder.name, "options": encoder.options, "fingerprint": encoder.fingerprint()},
-            "shards": records, "files": {"encoder.json": checksum(folder / "encoder.json")}}
-    text = json.dumps({**body, "sha256": text_sum(body)}, indent=1)
-    (folder / "manifest.json").write_text(text, encoding="utf-8")
+            "index": asdict(options), "shards": records, "files": {"encoder.json": checksum(folder / "encoder.json")}}
+    write_json(folder / "manifest.json", {**body, "sha256": text_sum(body)})
 
 
 def text_sum(value):
@@ -992,7 +1038,7 @@ def read_manifest(path):
 
 def check_files(path, manifest):
     """Compares every file of a base with its manifest: there, size, checksum."""
-    for name, expected in itertools.chain(manifest["files"].items(), *(shard["files"].items() for shard in manifest["shards"])):
+    for name, expected in [item for part in (manifest, *manifest["shards"]) for item in part["files"].items()]:
         file = Path(path) / name
         if not file.is_file():
             raise ValueError(f"{file}: missing: build the base again")
@@ -1027,7 +1073,7 @@ def check_target(path):
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------ the knowledge base
+# --------------------------------------------------------------------------------------------------- the knowledge base
 
 class KnowledgeBase:
     """Documents that can be searched by words, pictures or both."""
@@ -1042,7 +1088,7 @@ class KnowledgeBase:
     def build(cls, docs, encoder, *, index="hnsw", M=16, ef_construction=200, seed=0, threads=0, ef=0):
         """Fits the encoder on the documents, encodes and indexes them, all in memory. For large corpora: build_folder.
 
-        docs: an iterable of dicts with id, text and optionally title and image (a path). encoder: an Encoder or its name.
+        docs: an iterable of dicts with id, text and optionally title, image (a path). encoder: an Encoder or its name.
         """
         options = IndexOptions(index, M, ef_construction, ef, seed, threads)
         docs = [checked_doc(doc, f"document {i}") for i, doc in enumerate(docs)]
@@ -1052,7 +1098,7 @@ class KnowledgeBase:
         return cls(encoder, [Shard.build(docs, encoder, options)] if docs else [], options)
 
     def save(self, path):
-        """Writes the base as a folder, beside `path` first and then renamed: an interrupted save leaves nothing half-written."""
+        """Writes the base as a folder, beside `path` first and then renamed: nothing is ever half-written there."""
         path = Path(os.path.abspath(path))
         check_target(path)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.new.", dir=path.parent))
@@ -1067,7 +1113,7 @@ class KnowledgeBase:
     def load(cls, path, encoder=None, *, device="cpu", ef=None):
         """Opens a saved base after checking every file of it.
 
-        encoder: an Encoder or a name that must be the one the base was built with; default: the one it names. device: where
+        encoder: an Encoder or a name, the same that the base was built with; default: the one it names. device: where
         encoders and exact search run. ef: another one than the base was built with.
         """
         path = Path(os.path.abspath(path))
@@ -1077,8 +1123,9 @@ class KnowledgeBase:
         if isinstance(encoder, (str, Path)):
             encoder = load_encoder(encoder, device, **(made["options"] if str(encoder) not in WEIGHT_FREE else {}))
         if (encoder.dim, encoder.fingerprint()) != (manifest["dim"], made["fingerprint"]):
-            raise ValueError(f"{path}: built with encoder {made['name']!r} ({made['fingerprint']}, dimension {manifest['dim']}), not "
-                             f"{encoder.name!r} ({encoder.fingerprint()}, dimension {encoder.dim}): use that one or build again")
+            raise ValueError(f"{path}: built with encoder {made['name']!r} ({made['fingerprint']}, dimension "
+                             f"{manifest['dim']}), not {encoder.name!r} ({encoder.fingerprint()}, dimension "
+                             f"{encoder.dim}): use that one or build again")
         check_files(path, manifest)
         options = IndexOptions(**{**manifest["index"], **({"ef": ef} if ef else {})})
         shards = [Shard.load(path, number, encoder.dim, options) for number in range(len(manifest["shards"]))]
@@ -1100,7 +1147,7 @@ class KnowledgeBase:
         return [[self.hit(int(row), float(score)) for row, score in zip(*found)] for found in zip(rows, scores)]
 
     def search_vectors(self, vectors, k, exact=False):
-        """The k best rows for vectors (Q, D): scores (Q, K) float32 and rows (Q, K) int64, K the smaller of k and the base."""
+        """The k best rows for vectors (Q, D): scores (Q, K) float32 and rows (Q, K) int64, K = min(k, documents)."""
         scores, rows, start = [], [], 0
         for shard in self.shards:
             reach = min(k + OVERFETCH, shard.index.count)
@@ -1125,7 +1172,7 @@ class KnowledgeBase:
         return Hit(doc["id"], passage(doc), score, doc["image"])
 
     def recall(self, sample=200, k=10, seed=0):
-        """Recall@k of the index against exact search, 0 to 1: how many of its k hits score as well as the k-th exact one.
+        """Recall@k of the index against exact search, 0 to 1: how many of its k hits score as well as the exact k-th.
 
         sample: a list of queries, or a number of documents, drawn by seed, whose own vectors are the queries.
         """
@@ -1134,7 +1181,7 @@ class KnowledgeBase:
         if isinstance(sample, int):
             drawn = np.random.default_rng(seed).choice(len(self), min(sample, len(self)), replace=False)
             places = [self.place(row) for row in drawn]
-            vectors = np.concatenate([shard.index.rows(np.array([row])) for shard, row in places]).astype(np.float32)
+            vectors = np.concatenate([shard.index.block(row, row + 1) for shard, row in places]).astype(np.float32)
         else:
             vectors = self.encoder.encode_queries(sample)
         found, exact = self.search_vectors(vectors, k)[0], self.search_vectors(vectors, k, exact=True)[0]
@@ -1145,14 +1192,14 @@ def build_folder(read, encoder, out, options=IndexOptions(), *, shard=500_000, s
     """Builds a base on disk, shard by shard, in memory bounded by one shard; returns the number of documents.
 
     read() gives a fresh stream of documents. Killed at any point and started again with the same arguments and the same
-    `source` (any description of the corpus), it goes on after the last finished shard. The base appears under `out` at the end.
+    `source` (any description of the corpus), it goes on after the last finished shard. `out` appears when all is done.
     """
     if shard < 1:
         raise ValueError(f"shard is {shard}: give the number of documents of a shard, at least 1")
     out = Path(os.path.abspath(out))
     check_target(out)
     work, options = out.parent / f".{out.name}.building", replace(options, ef=options.ef or encoder.ef)
-    plan = json.loads(json.dumps({"format": FORMAT, "source": source, "encoder": encoder.fingerprint(), "index": asdict(options), "shard": shard}))
+    plan = text_sum([FORMAT, source, encoder.fingerprint(), asdict(options), shard])
     last = out / "progress" / "plan.json"
     if last.is_file() and (known := read_json(last))["plan"] == plan:  # killed just after the base was put in place
         clear_aside(out)
@@ -1162,13 +1209,14 @@ def build_folder(read, encoder, out, options=IndexOptions(), *, shard=500_000, s
     stream, records = iter(read()), []
     progress = Progress(count, log)
     for number in range(math.ceil(count / shard)):
-        docs, record = list(itertools.islice(stream, shard)), work / "progress" / f"{number}.json"
+        docs = [checked_doc(doc, f"shard {number}") for doc in itertools.islice(stream, shard)]
+        record = work / "progress" / f"{number}.json"
         if record.is_file():
             records.append(read_json(record))
             progress.add(len(docs), encoded=False)
             continue
         records.append(Shard.build(docs, encoder, options, progress.add).write(work, number, out))
-        write_whole(record, records[-1])
+        write_json(record, records[-1])
     if sum(record["count"] for record in records) != count or next(stream, None) is not None:
         raise ValueError(f"{source or 'the corpus'}: changed while it was read: delete {work} and build again")
     write_manifest(work, encoder, options, records)
@@ -1178,7 +1226,7 @@ def build_folder(read, encoder, out, options=IndexOptions(), *, shard=500_000, s
 
 
 def begin_or_resume(work, plan, read, encoder, log):
-    """The working folder, made anew unless it holds the same plan: (encoder fitted on the corpus, number of documents)."""
+    """(Encoder fitted on the corpus, number of documents): of an earlier run with the same plan, else of a new one."""
     begun = work / "progress" / "plan.json"
     if begun.is_file():
         known = read_json(begun)
@@ -1190,15 +1238,8 @@ def begin_or_resume(work, plan, read, encoder, log):
     (work / "progress").mkdir(parents=True)
     encoder, count = encoder.fitted(read())
     log(f"{count} documents")
-    write_whole(begun, {"plan": plan, "count": count, "state": encoder.state()})
+    write_json(begun, {"plan": plan, "count": count, "state": encoder.state()})
     return encoder, count
-
-
-def write_whole(path, value):
-    """A JSON file that is there whole or not at all."""
-    new = Path(f"{path}.new")
-    new.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(new, path)
 
 
 class Progress:
@@ -1214,10 +1255,11 @@ class Progress:
         self.done, self.encoded, now = self.done + count, self.encoded + count * encoded, time.monotonic()
         if encoded and (now - self.said >= self.every or self.done == self.total):
             self.said, rate = now, self.encoded / max(now - self.start, 1e-9)
-            self.log(f"{self.done} of {self.total} documents, {rate:.0f}/s, {(self.total - self.done) / rate / 60:.1f} min left")
+            left = (self.total - self.done) / rate / 60
+            self.log(f"{self.done} of {self.total} documents, {rate:.0f}/s, {left:.1f} min left")
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# --------------------------------------------------------------------------------------------------------- command line
 
 def log_line(line):
     print(line, file=sys.stderr, flush=True)
@@ -1228,12 +1270,13 @@ def build_command(args):
     chosen = {f.name: getattr(args, f.name) for f in fields(EncoderOptions) if getattr(args, f.name) != f.default}
     encoder = load_encoder(args.encoder, args.device, **chosen)
     index = IndexOptions(**{f.name: getattr(args, f.name) for f in fields(IndexOptions)})
-    files = sorted(p for p in Path(args.docs).rglob("*") if p.is_file()) if os.path.isdir(args.docs) else [Path(args.docs)]
-    if missing := [str(file) for file in files if not file.is_file()]:
-        raise ValueError(f"{missing[0]}: no such file")
-    source = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    if not os.path.exists(args.docs):
+        raise ValueError(f"{args.docs}: no such file")
+    source = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files_of(args.docs)]
     count = build_folder(lambda: READERS[args.format](args.docs, args.images), encoder, args.out, index,
                          shard=args.shard, source=[args.format, args.images, source], log=log_line)
+    if encoder.cut:
+        log_line(f"{encoder.cut} documents were longer than the encoder reads and were cut")
     print(f"{args.out}: {count} documents, encoder {encoder.name}, dimension {encoder.dim}, index {index.index}")
 
 
@@ -1241,7 +1284,7 @@ def search_command(args):
     """Prints score, id and text of the best documents."""
     if not args.query.strip() and not args.image:
         raise ValueError("the query is empty: give some words, --image, or both")
-    base = KnowledgeBase.load(args.kb, device=args.device, ef=args.ef)
+    base = KnowledgeBase.load(args.kb, args.encoder, device=args.device, ef=args.ef)
     for hit in base.search([{"text": args.query, "image": args.image}], args.k)[0]:
         print(f"{hit.score:.4f}  {hit.id}  {hit.text}" + (f"  [{hit.image}]" if hit.image else ""))
 
@@ -1257,8 +1300,9 @@ def info_command(args):
 
 def check_command(args):
     """Compares all checksums, then measures recall."""
-    base = KnowledgeBase.load(args.kb, device=args.device, ef=args.ef)
-    print(json.dumps({"documents": len(base), "checksums": "ok", f"recall@{args.k}": round(base.recall(args.sample, args.k), 4)}))
+    base = KnowledgeBase.load(args.kb, args.encoder, device=args.device, ef=args.ef)
+    recall = round(base.recall(args.sample, args.k), 4)
+    print(json.dumps({"documents": len(base), "checksums": "ok", f"recall@{args.k}": recall}))
 
 
 def add_flags(parser, kind):
@@ -1268,7 +1312,8 @@ def add_flags(parser, kind):
         if type(f.default) is bool:
             parser.add_argument(flag, dest=f.name, default=f.default, action=argparse.BooleanOptionalAction, help=text)
         else:
-            parser.add_argument(flag, dest=f.name, default=f.default, type=type(f.default), help=f"{text} [{f.default}]")
+            text = f"{text} [{f.default}]" if f.default else text
+            parser.add_argument(flag, dest=f.name, default=f.default, type=type(f.default), help=text)
 
 
 def parse_arguments():
@@ -1295,9 +1340,11 @@ def parse_arguments():
     for command, k in ((search, 5), (check, 10)):
         command.add_argument("-k", type=int, default=k, help=f"hits of a query [{k}]")
         command.add_argument("--ef", type=int, help="candidates looked at, instead of the base's own number")
-    for command, run in ((build, build_command), (search, search_command), (info, info_command), (check, check_command)):
-        command.set_defaults(run=run)
+        command.add_argument("--encoder", help="where the base's encoder lies now, if it was moved")
+    for command in (build, search, check):
         command.add_argument("--device", default="cpu", help="where encoders and exact search run [cpu]")
+    for command, run in zip((build, search, info, check), (build_command, search_command, info_command, check_command)):
+        command.set_defaults(run=run)
     return top.parse_args()
 
 
@@ -1306,7 +1353,7 @@ def main():
     args = parse_arguments()
     try:
         args.run(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"retrieve.py: {error}", file=sys.stderr)
         sys.exit(2)
 

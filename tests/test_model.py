@@ -545,7 +545,8 @@ def test_peft_loads_our_adapter(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("options", [dict(), dict(r=2, lora_alpha=1), dict(target_modules=["qkv", "o_proj"]),
-                                     dict(target_modules=["self_attn.q_proj"]), dict(target_modules="all-linear")], ids=str)
+                                     dict(target_modules=["self_attn.q_proj"]),
+                                     dict(target_modules="all-linear")], ids=str)
 def test_we_load_the_adapter_of_peft(tiny, tmp_path, options):
     adapted, vlm = peft_model(tiny, **options), fresh(tiny)
     adapted.save_pretrained(tmp_path / "adapter")

@@ -585,8 +585,11 @@ def flip(file):
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [flip, lambda f: f.write_bytes(f.read_bytes()[:-1]), lambda f: f.write_bytes(b""), lambda f: f.unlink()],
-                         ids=["flipped", "truncated", "emptied", "missing"])
+DAMAGES = {"flipped": flip, "truncated": lambda f: f.write_bytes(f.read_bytes()[:-2]), "emptied": lambda f: f.write_bytes(b""),
+           "missing": lambda f: f.unlink()}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_files_are_refused_before_hnswlib_opens_them(saved, damage, monkeypatch):
     _, folder = saved
     opened = []
