@@ -837,12 +837,12 @@ def world_bases(folder, names=BASES):
     return bases
 
 
-def demo_world():
-    """The folder of the embedded world, written by world.py on first use."""
-    folder = HERE / "data" / "demo"
+def embedded_world(name, split, seed, questions):
+    """The folder data/`name` with a world of its own, written by world.py on first use."""
+    folder = HERE / "data" / name
     if not (folder / "questions.jsonl").is_file():
         print(f"writing the embedded world to {folder} ...", file=sys.stderr)
-        command = [sys.executable, str(HERE / "world.py"), "--split", "test", "--seed", "1000", "--questions", "200"]
+        command = [sys.executable, str(HERE / "world.py"), "--split", split, "--seed", str(seed), "--questions", str(questions)]
         if subprocess.run([*command, "--out", str(folder)], stdout=sys.stderr).returncode:
             raise ValueError(f"world.py could not write {folder}: see its message above")
     return folder
@@ -995,6 +995,7 @@ def parse_flags(argv):
     p.add_argument("--prompts", metavar="FILE", help="system prompts: a prompts.json or a published step file (.jsonl)")
     p.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    p.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads of torch; one is best for the tiny model (default: torch's choice)")
     p.add_argument("--json", action="store_true", help="print JSON only")
     return p.parse_args(argv)
 
@@ -1004,7 +1005,7 @@ def answer_command(args):
     methods = args.method or ["router"]
     options = {name: getattr(args, name) for name in ROUTER_FLAGS}
     needed = {base for method in methods for base in METHODS[RouterOptions(method=method, **options).method][1]}
-    world = Path(args.world) if args.world else None if args.kb else demo_world()
+    world = Path(args.world) if args.world else None if args.kb else embedded_world("demo", "test", 1000, 200)
     many = any((args.eval, args.world, args.method, args.limit, args.out, args.show)) and args.question is None
     questions, faults = many_questions(args, world) if many else ([one_question(args, world)], [])
     device = usable_device(args.device)
@@ -1119,6 +1120,8 @@ def main(argv=None):
     """Runs a command. Exit code 2 after a user's mistake or where rows had to be left out, 130 after Ctrl-C."""
     try:
         args = parse_flags(argv)
+        if args.threads > 0:
+            torch.set_num_threads(args.threads)
         faults = score_command(args) if args.score else answer_command(args)
     except (ValueError, OSError) as error:
         print(f"infer.py: {error}", file=sys.stderr)

@@ -34,8 +34,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from grpo import RewardOptions, answer_reward, group_advantages, grpo_loss, similarity_table, step_reward
-from infer import (BASES, IMAGE, ROUTES, OneLineParser, Router, Search, answer_scores, conversation, evaluate, golds_of, load_questions, render_answer,
-                   render_route, world_bases)
+from infer import (BASES, IMAGE, ROUTES, Candidate, OneLineParser, Router, Search, answer_scores, conversation, embedded_world, evaluate,
+                   golds_of, load_questions, parse_step, render_answer, render_route, world_bases)
 from model import VLM, Processor, add_lora, load_adapter, lora_disabled, merge_lora, read_json, save_adapter, write_json
 from retrieve import load_encoder
 
@@ -69,7 +69,7 @@ class Options:
     save_every: int = option(200, "updates between checkpoints")
     log_every: int = option(10, "updates between lines on the screen; the log file has every one")
     minutes: float = option(0.0, "end after this many minutes, whatever --steps says; 0: no limit")
-    val_world: str = option("", "a world to validate on through the router, for the choice of the best checkpoint")
+    val_world: str = option("", "a world to validate on through the router, for the choice of the best checkpoint; by default the embedded one")
     val_every: int = option(0, "updates between validations; 0: none")
     val_questions: int = option(260, "questions of a validation")
 
@@ -278,7 +278,8 @@ class Run:
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 name = self.names[id(p)]
-                self.optimizer.state[p] = {key: stored[f"{key}.{name}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
+                if f"step.{name}" in stored:                         # nothing is stored where no update was made yet
+                    self.optimizer.state[p] = {key: stored[f"{key}.{name}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
         self.generator.set_state(stored["generator"])
         log = self.path / "log.jsonl"
         kept = [line for line in log.read_text().splitlines(True) if json.loads(line)["step"] <= self.state["step"]]
@@ -323,8 +324,9 @@ class Run:
 
     def validate(self, step):
         """Answer the validation world's questions greedily through the router. Returns whether this is the best score so far."""
-        rows, _ = load_questions(Path(self.o.val_world) / "questions.jsonl", limit=self.o.val_questions)
-        router = Router(self.model, self.processor, world_bases(self.o.val_world), prompts=self.prompts, max_new_tokens=64)
+        world = self.o.val_world or embedded_world("val", "val", 0, 260)
+        rows, _ = load_questions(Path(world) / "questions.jsonl", limit=self.o.val_questions)
+        router = Router(self.model, self.processor, world_bases(world), prompts=self.prompts, max_new_tokens=64)
         before = time.time()
         scores = evaluate(router.run(rows))
         self.started += time.time() - before                             # validation is not training time
@@ -461,11 +463,14 @@ def sft(o):
 
 @dataclass(frozen=True)
 class GrpoOptions(Options):
-    """Options of Step-GRPO and of its ablations."""
+    """Options of Step-GRPO and of its ablations. The defaults train weights/tiny-warm in the embedded world."""
+    out: str = option("runs/step-grpo", "folder of the run: options, log, checkpoints; an unfinished run there is continued")
+    steps: int = option(250, "number of updates")
+    val_every: int = option(50, "updates between validations; 0: none")
     mode: str = option("online", "offline: step files with gold history; online: live trajectories, a group a step; outcome: a group a question",
                        choices=("offline", "online", "outcome"))
     data: tuple = option((), "offline: step files", nargs="+")
-    world: str = option("data/train", "online, outcome: a world to practise in (made by world.py where it is missing)")
+    world: str = option("", "online, outcome: a world to practise in; by default the embedded one, written on first use")
     encoder: str = option("lexical", "offline: the encoder that measures similarity; online takes the text base's")
     prompts: int = option(32, "step prompts an update (offline, online)")
     questions: int = option(8, "questions an update (outcome)")
@@ -561,15 +566,14 @@ def balanced(o, items, label, key, interest, rng):
 class Offline:
     """The released recipe: step prompts with gold history from step files, nothing is retrieved."""
 
-    def __init__(self, o, run, router):
+    def __init__(self, o, run, router, world):
         self.o, self.run, self.router = o, run, router
         rows = [row for name in o.data for row in read_steps(name)]
         kept, self.counts = clean_rows(rows, o.drop)
         print(f"{len(rows)} rows: " + ", ".join(f"{n} {name}" for name, n in self.counts.items()) + f"; {len(kept)} are trained on", file=sys.stderr)
         self.steps = [step for row in kept for step in row]
         queries = [s.answer["query"] for s in self.steps if s.kind == "ret"]
-        self.encoder = load_encoder(o.encoder)
-        self.encoder.fit([{"text": q} for q in queries])
+        self.encoder, _ = load_encoder(o.encoder).fitted([{"text": q} for q in queries])
         self.interest = Interest(o.rest, run.state.setdefault("interest", {}))
 
     def sample(self, step, rng):
@@ -623,9 +627,9 @@ def score(o, asked, encoder):
 class Live:
     """A question under way: where its trajectory stands, and which of its gold hops are still open."""
 
-    def __init__(self, question):
-        self.q, self.row = question, question.row
-        self.open, self.asked = list(question.row["hops"]), None
+    def __init__(self, question, number):
+        self.q, self.row, self.number = question, question.row, number
+        self.open, self.asked, self.said = list(question.row["hops"]), None, []
 
     @property
     def request(self):
@@ -650,6 +654,7 @@ class Live:
 
     def go_on(self, step):
         """Follow one candidate. A hop is closed once it was asked for and answered rightly."""
+        self.said.append(step.candidates[step.followed].text if step.candidates else None)
         if step.kind == "route" and step.route:
             same = [h for h in self.open if h["query"].lower() == step.parsed.query.lower()]
             self.asked = same[0] if same else None
@@ -661,21 +666,35 @@ class Live:
 class Online:
     """Live trajectories: G candidates for each step from one history, one is followed, its own evidence enters the next prompt."""
 
-    def __init__(self, o, run, router):
+    def __init__(self, o, run, router, world):
         self.o, self.run, self.router = o, run, router
-        self.rows = practice_rows(o.world)
-        self.live, self.serial = [], 0
+        self.rows = practice_rows(world)
         self.interest = Interest(o.rest, run.state.setdefault("interest", {}))
         self.by_first = {}
-        for row in self.rows:
-            self.by_first.setdefault(row["hops"][0]["retriever"] if row["hops"] else "none", []).append(row)
+        for i, row in enumerate(self.rows):
+            self.by_first.setdefault(row["hops"][0]["retriever"] if row["hops"] else "none", []).append(i)
+        self.serial = 0
+        self.live = [self.replay(number, said) for number, said in run.state.get("live", [])]
+
+    def start(self, number):
+        self.serial += 1
+        return Live(self.router.open(self.serial, self.rows[number]), number)
+
+    def replay(self, number, said):
+        """Bring a trajectory to where a checkpoint left it: the same outputs are followed, what they asked for is searched again."""
+        x = self.start(number)
+        for text in said:
+            candidates = () if text is None else (Candidate(text, (), (), parse_step(text)),)
+            x.go_on(self.router.step(x.q, (), candidates, 0))
+            if isinstance(x.request, Search):
+                self.router.search([x.q])
+        return x
 
     def new_question(self, rng):
         """Questions are drawn so that first steps, too, are even over the routes."""
-        pool = self.by_first[rng.choice(sorted(self.by_first))] if self.o.balance else self.rows
-        row = self.interest.choose(rng.sample(pool, min(4, len(pool))), 1, lambda r: f"{r.get('kind')} route {len(r['hops'])}", rng)[0]
-        self.serial += 1
-        return Live(self.router.open(self.serial, row))
+        pool = self.by_first[rng.choice(sorted(self.by_first))] if self.o.balance else range(len(self.rows))
+        first = lambda i: f"{self.rows[i].get('kind')} route {len(self.rows[i]['hops'])}"
+        return self.start(self.interest.choose(rng.sample(pool, min(4, len(pool))), 1, first, rng)[0])
 
     def sample(self, step, rng):
         o = self.o
@@ -688,6 +707,7 @@ class Online:
         groups = self.advance(chosen, o.group, rng) + self.advance(passed, 1, rng)
         self.router.search([x.q for x in self.live if isinstance(x.request, Search)])
         self.live = [x for x in self.live if x.request is not None]
+        self.run.state["live"] = [(x.number, x.said) for x in self.live]
         return groups, {"too_long": len(chosen) - len(groups)}
 
     def advance(self, states, n, rng):
@@ -709,9 +729,9 @@ class Online:
 class Outcome:
     """Trajectory-level GRPO: G trajectories of a question are the group, the recall of the final answer is the only reward."""
 
-    def __init__(self, o, run, router):
+    def __init__(self, o, run, router, world):
         self.o, self.run, self.router = o, run, router
-        self.rows = practice_rows(o.world)
+        self.rows = practice_rows(world)
         self.by_routes = {}
         for row in self.rows:
             self.by_routes.setdefault(" ".join(h["retriever"] for h in row["hops"]), []).append(row)
@@ -832,10 +852,11 @@ def grpo(o):
     if o.lora_rank:
         add_lora(model, o.lora_rank, o.lora_alpha)
     prompts = read_json(Path(o.model) / "prompts.json") if (Path(o.model) / "prompts.json").exists() else {}
-    bases = world_bases(o.world) if o.mode != "offline" else {base: None for base in BASES}
+    world = o.world or embedded_world("train", "train", 0, 3000) if o.mode != "offline" else None
+    bases = world_bases(world) if world else {base: None for base in BASES}
     router = Router(model, processor, bases, prompts=prompts, k=o.k, max_steps=o.max_steps, max_new_tokens=o.max_new_tokens, temperature=o.temperature)
     run = Run(o, model, processor, prompts)
-    source = {"offline": Offline, "online": Online, "outcome": Outcome}[o.mode](o, run, router)
+    source = {"offline": Offline, "online": Online, "outcome": Outcome}[o.mode](o, run, router, world)
     reference = reference_of(o, model)
     for step in run.steps():
         clock = [time.time()]
@@ -893,12 +914,13 @@ COMMANDS = {"sft": (SftOptions, sft), "grpo": (GrpoOptions, grpo), "export": (Ex
 
 
 def main():
-    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+    name, *words = sys.argv[1:] or ["grpo"]                     # without any word: Step-GRPO of the tiny model in the embedded world
+    if name not in COMMANDS:
         print(f"usage: train.py {{{','.join(COMMANDS)}}} [options]; train.py {next(iter(COMMANDS))} --help lists them", file=sys.stderr)
-        sys.exit(0 if "--help" in sys.argv else 2)
-    options, command = COMMANDS[sys.argv[1]]
+        sys.exit(0 if name in ("-h", "--help") else 2)
+    options, command = COMMANDS[name]
     try:
-        command(parse_options(options, sys.argv[2:]))
+        command(parse_options(options, words))
     except (ValueError, FloatingPointError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""Puts the project root on the path, keeps torch on few threads, and says where the golden data lies."""
+"""Puts the project root on the path, keeps torch on one thread, and says where the golden data lies."""
 import sys
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT.parent / "shared" / "golden"
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(1)                      # the tests are many small things: a second thread only waits
 
 
 @pytest.fixture(scope="session")
