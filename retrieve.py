@@ -50,7 +50,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from model import load_picture as open_image, read_json, weight_files, write_json
+from model import load_picture, read_json, weight_files, write_json
 
 FORMAT = 1  # of the folder on disk; a base of another format is refused
 OVERFETCH = 8  # hits fetched beyond k, so that equal scores around the k-th place are settled by document order
@@ -394,7 +394,7 @@ class Pixel(Lexical):
         """The picture's mean colours on an 8 x 8 grid, centred, of length one: (192,) float32; zeros for no picture."""
         if image is None:
             return np.zeros(self.side * self.side * 3, np.float32)
-        small = np.asarray(open_image(image).resize((self.side, self.side), Image.BOX), np.float32).reshape(-1)
+        small = np.asarray(load_picture(image).resize((self.side, self.side), Image.BOX), np.float32).reshape(-1)
         return (small - small.mean()) / max(np.linalg.norm(small - small.mean()), 1e-6)
 
     def fuse(self, images, words):
@@ -766,7 +766,7 @@ class ClipEncoder(Encoder):
 
     def pixels(self, image):
         """A picture for the network: shorter edge resized, middle cut out, normalised: (3, side, side) float32."""
-        image = open_image(image)
+        image = load_picture(image)
         short, long = sorted(image.size)
         size = [self.edge if n == short else int(self.edge * long / short) for n in image.size]
         image = image.resize(size, self.resample)
