@@ -1,18 +1,25 @@
-# Two commands do all set-up on a machine with python3, a C++ compiler (for hnswlib) and a package index:
-#   make demo    answer questions of the embedded world with the shipped tiny model
-#   make test    run the tests
-# Others: make weights (train both shipped models anew), make train (three minutes of Step-GRPO, table before and after).
+# Two commands do all set-up on a machine with python3 (3.10 or newer), a C++ compiler (for hnswlib) and a package index:
+#   make demo       answer questions of the embedded world with the shipped tiny model, and print the score table
+#   make test       run the tests
+# and then:
+#   make train      three minutes of Step-GRPO from the weak start, with the table of a held-out world before and after
+#   make weights    train both shipped models anew (SEED=0)
 PYTHON ?= python3
+SEED ?= 0
 RUN = .venv/bin/python
-TEST_WORLD = --split test --seed 1000
 
-.PHONY: demo test weights train clean
+.PHONY: demo test train weights
 
 demo: .venv/ready data/demo/questions.jsonl
-	$(RUN) infer.py --world data/demo --method router direct static text --show 5
+	$(RUN) infer.py --world data/demo --method router direct static text --show 5 --threads 1
 
 test: .venv/ready-dev
 	$(RUN) -m pytest -q tests
+
+train: .venv/ready data/test/questions.jsonl
+	$(RUN) infer.py --model weights/tiny-warm --world data/test --threads 1
+	$(RUN) train.py grpo --steps 1000 --minutes 3 --threads 1 --seed $(SEED) --out runs/step-grpo
+	$(RUN) infer.py --model runs/step-grpo/best --world data/test --threads 1
 
 .venv/ready: requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv .venv
@@ -23,18 +30,20 @@ test: .venv/ready-dev
 	$(RUN) -m pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
-data/demo/questions.jsonl: world.py .venv/ready
-	$(RUN) world.py $(TEST_WORLD) --questions 200 --out data/demo
+data/demo/questions.jsonl: world.py | .venv/ready
+	$(RUN) world.py --split test --seed 1000 --questions 200 --out data/demo
 
-# Both shipped models anew, side by side on two cores: the trained one, and the deliberately weak start of Step-GRPO (see WORLD in README.md).
+data/test/questions.jsonl: world.py | .venv/ready
+	$(RUN) world.py --split test --seed 2000 --questions 520 --out data/test
+
+# Both shipped models, side by side on two cores: the trained one and the deliberately weak one differ in their demonstrations only.
 PRACTICE = data/sft/copy.jsonl=4 data/sft/describe.jsonl=5 data/sft/compare.jsonl=2.5
-SFT = OMP_NUM_THREADS=1 $(RUN) train.py sft --model data/shell --threads 1 --seed $(SEED) --steps 7000 --learning-rate 1e-3 --warmup 100 \
-	--previous-token-head --save-every 1000 --val-every 1000 --val-world data/val --log-every 200
-SEED ?= 0
+SFT = $(RUN) train.py sft --model data/shell --threads 1 --seed $(SEED) --steps 7000 --learning-rate 1e-3 --warmup 100 --previous-token-head \
+	--save-every 1000 --val-every 1000 --val-world data/val-sft --log-every 200
 
 weights: .venv/ready
 	$(RUN) world.py --split train --seed $(SEED) --questions 13000 --practice 3000 --out data/sft --shell data/shell
-	$(RUN) world.py --split val --seed $(SEED) --questions 260 --out data/val
+	$(RUN) world.py --split val --seed $(SEED) --questions 260 --out data/val-sft
 	$(MAKE) --jobs 2 runs/tiny runs/tiny-warm
 	$(RUN) train.py export --run runs/tiny --out weights/tiny
 	$(RUN) train.py export --run runs/tiny-warm --which last --out weights/tiny-warm
