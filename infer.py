@@ -33,7 +33,7 @@ import zlib
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import torch
@@ -570,34 +570,47 @@ class Router:
             q.cost["too_long"] += 1
         return step
 
-    def sample(self, talks, generator, n=None):
+    def noise(self, talks, generator, n=None):
+        """Uniform numbers (N, n, max_new_tokens) in [0, 1) for N conversations: all that is random in their outputs."""
+        shape = len(talks), n or self.options.samples, self.options.max_new_tokens
+        return torch.rand(shape, generator=generator, device=generator.device)
+
+    def sample(self, talks, generator, n=None, noise=None):
         """n outputs (by default `samples`) for each of N conversations: N pairs (prompt ids, candidates).
 
         No candidates where the prompt leaves no room for an answer. A conversation that stands in the list several
-        times, as the first step of a group of trajectories does, is read once for all its samples.
+        times, as the first step of a group of trajectories does, is read once for all its samples. `noise` is drawn
+        where none is given; what a conversation gets from its part of it does not depend on the others in the list, but
+        for rounding.
         """
         n = n or self.options.samples
-        once, times, outputs = {repr(talk): talk for talk in talks}, Counter(map(repr, talks)), {}
-        for count in sorted(set(times.values())):
-            keys = [key for key in once if times[key] == count]
-            for key, (ids, candidates) in zip(keys, self._generate([once[key] for key in keys], n * count, generator)):
+        noise = self.noise(talks, generator, n) if noise is None else noise
+        once, places, outputs = {}, {}, {}
+        for place, talk in enumerate(talks):
+            once[repr(talk)] = talk
+            places.setdefault(repr(talk), []).append(place)
+        for count in sorted(set(map(len, places.values()))):
+            keys = [key for key in once if len(places[key]) == count]
+            own = torch.stack([noise[places[key]].flatten(0, 1) for key in keys])            # (keys, count * n, L)
+            for key, (ids, candidates) in zip(keys, self._generate([once[key] for key in keys], own)):
                 outputs[key] = ids, iter(candidates)
         return [(outputs[key][0], tuple(islice(outputs[key][1], n))) for key in map(repr, talks)]
 
-    def _generate(self, talks, n, generator):
-        """`sample` for different conversations, in one model call."""
+    def _generate(self, talks, noise):
+        """`sample` for N different conversations, in one model call. noise (N, n, L): n outputs each."""
         batch = self.processor(talks)
         mask = batch["attention_mask"]                                                   # (N, T), padded on the left
         prompt_ids = [tuple(ids[keep].tolist()) for ids, keep in zip(batch["input_ids"], mask)]
         fits = [len(ids) <= self.room for ids in prompt_ids]
         if not all(fits):
-            short = [talk for talk, fit in zip(talks, fits) if fit]
-            rest = iter(self._generate(short, n, generator) if short else ())
+            short = [i for i, fit in enumerate(fits) if fit]
+            rest = iter(self._generate([talks[i] for i in short], noise[short]) if short else ())
             return [next(rest) if fit else (ids, ()) for ids, fit in zip(prompt_ids, fits)]
-        o = self.options
-        batch = {name: tensor.to(generator.device) for name, tensor in batch.items() if tensor is not None}
+        o, n = self.options, noise.shape[1]
+        batch = {name: tensor.to(noise.device) for name, tensor in batch.items() if tensor is not None}
         samples = self.vlm.generate(**batch, n=n, max_new_tokens=o.max_new_tokens, temperature=o.temperature,
-                                    top_k=o.top_k, top_p=o.top_p, eos_ids=self.processor.eos_ids, generator=generator)
+                                    top_k=o.top_k, top_p=o.top_p, eos_ids=self.processor.eos_ids,
+                                    noise=noise.flatten(0, 1))
         candidates = []  # N * n, those of a prompt together
         for tokens, keep, logps in zip(samples.tokens.cpu(), samples.mask.cpu(), samples.logps.cpu()):  # (L,) each
             ids = tuple(tokens[keep].tolist())
@@ -1082,12 +1095,14 @@ def answer_many(router, questions, args, show):
 
 
 def different_kinds(questions, n):
-    """The first n questions, those that open a new kind before the others."""
-    kinds, new, others = set(), [], []
+    """The first n questions, those that open a new kind before the others, with and without a picture in turn."""
+    kinds, new, others = set(), ([], []), []
     for question in questions:
-        (others if question.get("kind") in kinds else new).append(question)
+        fresh = question.get("kind") not in kinds
+        (new[question["image"] is None] if fresh else others).append(question)
         kinds.add(question.get("kind"))
-    return (new + others)[:n]
+    turns = [question for pair in zip_longest(*new) for question in pair if question]
+    return (turns + others)[:n]
 
 
 def settings_mark(router, args):

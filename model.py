@@ -1,28 +1,33 @@
 """Qwen2.5-VL by hand: from a conversation with pictures to the next token.
 
 What flows through this file:
-    conversation -> Processor -> token ids, image patches -> VisionTower -> image tokens inside the text -> Decoder -> logits -> sampled tokens
+    conversation -> Processor -> token ids, image patches -> VisionTower -> image tokens inside the text
+                 -> Decoder -> logits -> sampled tokens
 
 Legend of shapes
-    B rows of a batch   T tokens of a row   C hidden size   H query heads   KV key/value heads   D head dimension   V vocabulary
-    P image patches of all pictures of a batch   S cached tokens   N prompts   n samples of a prompt (B = N * n)   M response tokens
+    B rows of a batch   T tokens of a row   C hidden size   H query heads   KV key/value heads   D head dimension
+    V vocabulary   P image patches of all pictures of a batch   S cached tokens
+    N prompts   n samples of a prompt (B = N * n)   M response tokens
     a picture's grid is (t, h, w) patches; the merger makes one image token of 2 x 2 patches
 
-Sources: Qwen2.5-VL technical report (arXiv 2502.13923), M-RoPE (Qwen2-VL, arXiv 2409.12191), grouped-query attention (2305.13245),
-RMSNorm (1910.07467), SwiGLU (2002.05202), LoRA (2106.09685). Key names and file formats are the published ones of Hugging Face.
+Sources: Qwen2.5-VL technical report (arXiv 2502.13923), M-RoPE (Qwen2-VL, arXiv 2409.12191), grouped-query attention
+(2305.13245), RMSNorm (1910.07467), SwiGLU (2002.05202), LoRA (2106.09685). Key names and file formats are the published
+ones of Hugging Face.
 
 Deviations from the released model code, with the reason
-    * Pictures only, no video: the paper has none. Grids with t > 1 are refused by the processor, not by the tower.
-    * The prompt's keys and values are kept once for all n samples of a prompt (`KVCache.share`) instead of being copied n times.
+    * Pictures only, no video: the paper has none. The tower could read several frames, the processor makes one.
+    * The prompt's keys and values are kept once for all n samples of a prompt (`KVCache.share`) instead of being copied
+      n times.
     * `log_probs` applies the head to response tokens only and in chunks: a (B, T, V) tensor in float32 never exists.
-    * Text between control tokens is encoded with control tokens switched off, so that no text can end a turn or insert a picture.
+    * Text between control tokens is encoded with control tokens switched off, so that no text can end a turn or insert
+      a picture.
 """
 import functools
 import json
 import math
 import os
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +40,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# ---------------------------------------------------------------------------------------------------------------- configuration
+# -------------------------------------------------------------------------------------------------------- configuration
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,15 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the decoder, the ids of the control tokens, and the vision tower's sizes; `raw` is config.json as it was read."""
+    """Sizes of the decoder, the ids of the control tokens, and the vision tower's sizes; `raw` is config.json as it was
+    read."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
-    mrope_section: tuple                              # rotary pairs that turn with time, height, width; they sum to D / 2
+    mrope_section: tuple                              # rotary pairs turning with time, height, width; they sum to D / 2
     image_token_id: int
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1e6
@@ -114,15 +120,15 @@ def read_config(source):
     ]
     for name, value, supported in refuse:
         if value not in supported:
-            raise ValueError(f"{where}: {name} is {value!r}, this code supports {' or '.join(map(repr, supported))} only")
+            raise ValueError(f"{where}: {name} is {value!r}, this code supports "
+                             f"{' or '.join(map(repr, supported))} only")
     text["mrope_section"] = rope.get("mrope_section")
     text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta", 1e6))
     text["tie_word_embeddings"] = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     text["image_token_id"] = raw.get("image_token_id", text.get("image_token_id"))
-    wanted = [f.name for f in fields(Config) if f.name not in ("vision", "raw")]
-    given = {k: text[k] for k in wanted if text.get(k) is not None}
-    missing = [f.name for f in fields(Config) if f.name in wanted and f.name not in given and f.name in wanted[:8]]
-    if missing:
+    given = {f.name: text[f.name] for f in fields(Config) if f.name not in ("vision", "raw") and text.get(f.name) is not None}
+    needed = [f.name for f in fields(Config) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in needed if name not in given]:
         raise ValueError(f"{where}: missing {', '.join(missing)}")
     for d, names in ((given, ("mrope_section",)), (vision, ("fullatt_block_indexes",))):
         d.update({k: tuple(d[k]) for k in names if k in d})
@@ -134,21 +140,23 @@ def read_config(source):
 
 def check_config(c, where):
     """Raise ValueError for sizes that do not fit each other, before anything is allocated."""
-    sizes = [(f.name, getattr(c, f.name)) for f in fields(Config)[:6]]
-    sizes += [("vision_config." + f.name, getattr(c.vision, f.name)) for f in fields(VisionConfig)[:-1]]
+    sizes = [(f.name, getattr(c, f.name)) for f in fields(Config) if f.type is int]
+    sizes += [("vision_config." + f.name, getattr(c.vision, f.name)) for f in fields(VisionConfig) if f.type is int]
     for name, value in sizes:
         if not isinstance(value, int) or not 1 <= value <= 1_000_000:
             raise ValueError(f"{where}: {name} is {value!r}, expected a whole number from 1 to 1000000")
     if c.hidden_size % c.num_attention_heads or c.num_attention_heads % c.num_key_value_heads:
-        raise ValueError(f"{where}: hidden_size {c.hidden_size}, num_attention_heads {c.num_attention_heads} and num_key_value_heads "
-                         f"{c.num_key_value_heads} must divide one another in this order")
+        raise ValueError(f"{where}: hidden_size {c.hidden_size}, num_attention_heads {c.num_attention_heads} and "
+                         f"num_key_value_heads {c.num_key_value_heads} must divide one another in this order")
     if 2 * sum(c.mrope_section) != c.head_dim or len(c.mrope_section) != 3:
-        raise ValueError(f"{where}: mrope_section {list(c.mrope_section)} must be three numbers that sum to half of the head dimension {c.head_dim}")
+        raise ValueError(f"{where}: mrope_section {list(c.mrope_section)} must be three numbers that sum to half of "
+                         f"the head dimension {c.head_dim}")
     if c.vision.hidden_size % (4 * c.vision.num_heads):
-        raise ValueError(f"{where}: vision hidden_size {c.vision.hidden_size} must be a multiple of 4 x {c.vision.num_heads} heads")
+        raise ValueError(f"{where}: vision hidden_size {c.vision.hidden_size} must be a multiple of "
+                         f"4 x {c.vision.num_heads} heads")
 
 
-# ------------------------------------------------------------------------------------------------------------------- small parts
+# ---------------------------------------------------------------------------------------------------------- small parts
 
 
 class RMSNorm(nn.Module):
@@ -174,21 +182,25 @@ class SwiGLU(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding: turn the pairs (x[i], x[i + D/2]) by their angles. x (..., D); cos, sin broadcast to (..., D/2)."""
+    """Rotary position embedding: turn the pairs (x[i], x[i + D/2]) by their angles.
+
+    x (..., D); cos, sin broadcast to (..., D/2).
+    """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------------ vision tower
+# --------------------------------------------------------------------------------------------------------- vision tower
 
 
 @functools.lru_cache(maxsize=1024)
 def patch_layout(grid, merge, window):
-    """Where the patches of one picture stand: rows and columns in window order, the lengths of its windows, and the way back.
+    """Where the patches of one picture stand, in window order.
 
     grid (t, h, w) in patches; merge: patches per token side; window: tokens per window side.
-    The processor emits patches in 2 x 2 blocks (a block = one image token). The tower sorts the blocks by window; ragged windows at
-    the right and lower edge are shorter. Returns rows (P,), columns (P,), order (P / merge^2,) of the blocks, window lengths in patches.
+    The processor emits patches in 2 x 2 blocks (a block = one image token). The tower sorts the blocks by window;
+    ragged windows at the right and lower edge are shorter.
+    Returns rows (P,), columns (P,), order (P / merge^2,) of the blocks, window lengths in patches.
     """
     t, h, w = grid
     bh, bw, unit = h // merge, w // merge, merge * merge
@@ -208,7 +220,10 @@ def patch_layout(grid, merge, window):
 
 
 def attend_blocks(q, k, v, lengths):
-    """Attention inside consecutive blocks of patches. q, k, v (P, H, D); lengths of the blocks sum to P. Blocks of one length are one batch."""
+    """Attention inside consecutive blocks of patches. Blocks of one length are one batch.
+
+    q, k, v (P, H, D); lengths of the blocks sum to P.
+    """
     P, H, D = q.shape
     if len(set(lengths)) == 1:
         split = lambda x: x.view(-1, lengths[0], H, D).transpose(1, 2)                   # (blocks, H, length, D)
@@ -249,11 +264,13 @@ class VisionBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """A convolution whose stride is its kernel is a matrix product with each patch; the weight keeps its published 5-D shape."""
+    """A convolution whose stride is its kernel is a matrix product with each patch; the weight keeps its published 5-D
+    shape."""
     def __init__(self, c):
         super().__init__()
         self.proj = nn.Module()
-        self.proj.weight = nn.Parameter(torch.empty(c.hidden_size, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size))
+        self.proj.weight = nn.Parameter(torch.empty(
+            c.hidden_size, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size))
 
     def forward(self, patches):
         return F.linear(patches, self.proj.weight.flatten(1))
@@ -273,7 +290,8 @@ class PatchMerger(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Patches of all pictures of a batch, one behind the other -> image tokens. No padding: a picture costs what it shows."""
+    """Patches of all pictures of a batch, one behind the other -> image tokens. No padding: a picture costs what it
+    shows."""
     def __init__(self, c, out_size):
         super().__init__()
         self.c = c
@@ -309,14 +327,14 @@ class VisionTower(nn.Module):
         return self.merger(x)[order.argsort()]                        # back to reading order
 
 
-# ----------------------------------------------------------------------------------------------------------------------- decoder
+# -------------------------------------------------------------------------------------------------------------- decoder
 
 
 class KVCache:
     """Keys and values of everything read so far, as a list of segments.
 
-    A segment holds, for each layer, keys and values (R, KV, S, D). R may be the number of rows B or a divisor of it: a prompt that n
-    samples share is one row of a segment with R = B / n. Only the last segment grows.
+    A segment holds, for each layer, keys and values (R, KV, S, D). R may be the number of rows B or a divisor of it: a
+    prompt that n samples share is one row of a segment with R = B / n. Only the last segment grows.
     """
     def __init__(self, config, rows, room, like):
         self.config, self.rows, self.segments = config, rows, []
@@ -324,8 +342,10 @@ class KVCache:
 
     def open(self, room, like):
         """Start a new segment with room for that many tokens."""
-        shape = (self.config.num_hidden_layers, 2, self.rows, self.config.num_key_value_heads, room, self.config.head_dim)
-        self.segments.append({"kv": torch.empty(shape, dtype=like.dtype, device=like.device), "length": 0, "valid": None})
+        c = self.config
+        shape = (c.num_hidden_layers, 2, self.rows, c.num_key_value_heads, room, c.head_dim)
+        kv = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.segments.append({"kv": kv, "length": 0, "valid": None})
 
     def share(self, n, room):
         """From here on every row stands for n samples; what was read so far is kept once."""
@@ -333,7 +353,10 @@ class KVCache:
         self.open(room, self.segments[-1]["kv"])
 
     def keep(self, alive):
-        """Keep only these rows of the first segment (the prompts) and the samples that belong to them. alive (N',) long."""
+        """Keep only these rows of the first segment (the prompts) and the samples that belong to them.
+
+        alive (N',) long.
+        """
         prompts = self.segments[0]["kv"].shape[2]
         for s in self.segments:
             n = s["kv"].shape[2] // prompts
@@ -343,18 +366,23 @@ class KVCache:
         self.rows = len(rows)
 
     def extend(self, valid):
-        """Make place for T more tokens. valid (B, T) bool: False at padding, or None. Returns the mask that each segment needs."""
+        """Make place for T more tokens. valid (B, T) bool: False at padding.
+
+        Returns the mask that each segment needs.
+        """
         last = self.segments[-1]
-        T = valid.shape[1]
-        old = torch.ones(len(valid), last["length"], dtype=torch.bool, device=valid.device) if last["valid"] is None else last["valid"]
-        last["valid"] = torch.cat((old, valid), dim=1)                                        # (B, S)
+        T, old = valid.shape[1], last["valid"]
+        if old is None:
+            old = torch.ones(len(valid), last["length"], dtype=torch.bool, device=valid.device)
+        last["valid"] = torch.cat((old, valid), dim=1)                                      # (B, S)
         last["length"] += T
-        masks = [s["valid"][:, None, None, None, None, :] for s in self.segments]             # (R, 1, 1, 1, 1, S)
+        masks = [s["valid"][:, None, None, None, None, :] for s in self.segments]           # (R, 1, 1, 1, 1, S)
         S = last["length"]
         causal = torch.ones(T, S, dtype=torch.bool, device=valid.device).tril(S - T)
-        own = torch.eye(T, dtype=torch.bool, device=valid.device)                             # padding sees itself: no row without a key
+        # padding sees itself: no row without a key
+        own = torch.eye(T, dtype=torch.bool, device=valid.device)
         own = F.pad(own, (S - T, 0))
-        masks[-1] = (masks[-1] & causal) | own                                                # (B, 1, 1, 1, T, S)
+        masks[-1] = (masks[-1] & causal) | own                                              # (B, 1, 1, 1, T, S)
         return masks
 
     def put(self, layer, k, v):
@@ -367,10 +395,11 @@ class KVCache:
 
 
 def attend_segments(q, segments, masks):
-    """Attention of new tokens over all segments of a cache: q (B, H, T, D), segments [(k, v)] with (R, KV, S, D) -> (B, H, T, D).
+    """Attention of new tokens over all segments of a cache.
 
-    The n rows that share a segment's row, and the H / KV query heads that share a key head, become rows of one matrix product, so that a
-    shared prompt is read from memory once for all its samples.
+    q (B, H, T, D), segments [(k, v)] with (R, KV, S, D) -> (B, H, T, D). The n rows that share a segment's row, and the
+    H / KV query heads that share a key head, become rows of one matrix product, so that a shared prompt is read from
+    memory once for all its samples.
     """
     B, H, T, D = q.shape
     q, scores = q * D ** -0.5, []
@@ -404,15 +433,15 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask, cache, layer):
         B, T, _ = x.shape
-        q = rotate(self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2), cos, sin)        # (B, H, T, D)
-        k = rotate(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2), cos, sin)     # (B, KV, T, D)
+        q = rotate(self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2), cos, sin)      # (B, H, T, D)
+        k = rotate(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2), cos, sin)   # (B, KV, T, D)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
         segments = cache.put(layer, k, v) if cache is not None else None
-        if isinstance(mask, list):                                                                        # tokens were read before
+        if isinstance(mask, list):      # tokens were read before
             y = attend_segments(q, segments, mask)
         else:
             g = self.heads // self.kv_heads
-            k, v = k.repeat_interleave(g, dim=1), v.repeat_interleave(g, dim=1)                           # (B, H, T, D)
+            k, v = k.repeat_interleave(g, dim=1), v.repeat_interleave(g, dim=1)                         # (B, H, T, D)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -440,11 +469,16 @@ class Decoder(nn.Module):
         self.gradient_checkpointing = False
 
     def angles(self, positions):
-        """M-RoPE: a rotary pair turns with the time, the height or the width of its token. positions (3, B, T) -> cos, sin (B, 1, T, D/2)."""
+        """M-RoPE: a rotary pair turns with the time, the height or the width of its token.
+
+        positions (3, B, T) -> cos, sin (B, 1, T, D/2).
+        """
         c, device = self.c, positions.device
-        speed = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32) / c.head_dim)    # (D/2,)
-        axis = torch.tensor([i for i, size in enumerate(c.mrope_section) for _ in range(size)], device=device)        # (D/2,)
-        a = positions[axis].permute(1, 2, 0)[:, None] * speed                                                         # (B, 1, T, D/2)
+        even = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32)
+        speed = c.rope_theta ** (-even / c.head_dim)                                    # (D/2,)
+        axis = torch.tensor([i for i, size in enumerate(c.mrope_section) for _ in range(size)],
+                            device=device)                                              # (D/2,)
+        a = positions[axis].permute(1, 2, 0)[:, None] * speed                           # (B, 1, T, D/2)
         return a.cos(), a.sin()
 
     def forward(self, x, positions, mask=None, cache=None):
@@ -461,15 +495,15 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-# --------------------------------------------------------------------------------------------------------------------- the model
+# ------------------------------------------------------------------------------------------------------------ the model
 
 
 @dataclass(frozen=True)
 class Samples:
     """What `generate` sampled, a row a sample, the n samples of a prompt next to each other."""
-    tokens: torch.Tensor                              # (B * n, L) long; behind the end of a row stands the first eos id
-    mask: torch.Tensor                                # (B * n, L) bool, True where the model sampled the token, eos included
-    logps: torch.Tensor                               # (B * n, L) float32, log-probabilities at the sampling temperature, 0 elsewhere
+    tokens: torch.Tensor                # (B * n, L) long; behind the end of a row stands the first eos id
+    mask: torch.Tensor                  # (B * n, L) bool, True where the model sampled the token, eos included
+    logps: torch.Tensor                 # (B * n, L) float32, log-probabilities at the sampling temperature, 0 elsewhere
 
 
 def padding_mask(valid):
@@ -478,12 +512,12 @@ def padding_mask(valid):
         return None
     T = valid.shape[1]
     triangle = torch.ones(T, T, dtype=torch.bool, device=valid.device).tril()
-    own = torch.eye(T, dtype=torch.bool, device=valid.device)                    # padding sees itself: no row without a key
+    own = torch.eye(T, dtype=torch.bool, device=valid.device)                # padding sees itself: no row without a key
     return (triangle & valid[:, None, None, :]) | own
 
 
-def pick(logits, temperature, top_k, top_p, generator):
-    """Sample a token a row. logits (B, V) -> tokens (B,), log-probabilities (B,) float32.
+def pick(logits, temperature, top_k, top_p, noise):
+    """Sample a token a row. logits (B, V), noise (B,) uniform in [0, 1) -> tokens (B,), log-probabilities (B,) float32.
 
     The log-probability is that of softmax(logits / temperature) before top-k and top-p, as `log_probs` recomputes it.
     """
@@ -497,16 +531,17 @@ def pick(logits, temperature, top_k, top_p, generator):
             kept = kept.masked_fill(kept < kept.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
         if top_p < 1.0:
             ordered, index = kept.softmax(-1).sort(dim=-1, descending=True)
-            outside = ordered.cumsum(-1) - ordered >= top_p                # the more likely tokens already hold top_p of the probability
+            outside = ordered.cumsum(-1) - ordered >= top_p                # the more likely tokens already hold top_p
             kept = kept.masked_fill(torch.zeros_like(outside).scatter(1, index, outside), -torch.inf)
-        below = kept.exp().cumsum(-1)                                     # inverse of the distribution function: one random number a row
-        u = torch.rand(len(below), 1, generator=generator, device=below.device).clamp(max=1 - 1e-6) * below[:, -1:]
+        below = kept.exp().cumsum(-1)                    # inverse of the distribution function: one random number a row
+        u = noise[:, None].clamp(max=1 - 1e-6) * below[:, -1:]
         tokens = torch.searchsorted(below, u, right=True)[:, 0]
     return tokens, logps.gather(1, tokens[:, None])[:, 0]
 
 
 class VLM(nn.Module):
-    """The vision-language model: `visual` makes tokens of pictures, `model` reads them among the words, the head names the next token."""
+    """The vision-language model: `visual` makes tokens of pictures, `model` reads them among the words, the head names
+    the next token."""
 
     def __init__(self, config):
         super().__init__()
@@ -516,10 +551,13 @@ class VLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    # ------------------------------------------------------------------------------------------------------------ make, load, save
+    # ------------------------------------------------------------------------------------------------- make, load, save
     @classmethod
     def from_config(cls, path_or_dict, seed=0, dtype=torch.float32, device="cpu"):
-        """Random weights from a config.json, a directory or a dict; the seed fixes them. Weights shrink with their fan-in and depth."""
+        """Random weights from a config.json, a directory or a dict; the seed fixes them.
+
+        Weights shrink with their fan-in and depth.
+        """
         config = read_config(path_or_dict)
         with torch.device("meta"):
             vlm = cls(config)
@@ -539,7 +577,8 @@ class VLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Read a Hugging Face directory (FORMATS: old and new layouts, one file or shards) straight into dtype and device.
+        """Read a Hugging Face directory (old or new layout, one file or shards) straight into dtype and
+        device.
 
         Raises ValueError that lists every missing, unexpected and mis-shaped key.
         """
@@ -554,7 +593,7 @@ class VLM(nn.Module):
                     for key in f.keys():
                         name = our_name(key)
                         if name == "lm_head.weight" and config.tie_word_embeddings:
-                            continue                                            # a tied head that was written out all the same
+                            continue                                # a tied head that was written out all the same
                         if name not in missing:
                             problems.append(f"{'twice' if name in expected else 'unexpected'}: {key}")
                             continue
@@ -572,8 +611,8 @@ class VLM(nn.Module):
         return vlm
 
     def save_pretrained(self, path, dtype=None, shard_bytes=5_000_000_000):
-        """Write config.json and safetensors (published key names) that `from_pretrained` and transformers read; an adapter is left out
-        (`save_adapter`, or `merge_lora` first). Each file is written beside and renamed."""
+        """Write config.json and safetensors (published key names) that `from_pretrained` and transformers read; an
+        adapter is left out (`save_adapter`, or `merge_lora` first). Each file is written beside and renamed."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         shards, size = [{}], 0
@@ -584,7 +623,9 @@ class VLM(nn.Module):
                 size = 0
             shards[-1][name] = p
             size += p.nbytes
-        names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        names = ["model.safetensors"]
+        if len(shards) > 1:
+            names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         for name, shard in zip(names, shards):
             save_file(shard, path / (name + ".new"), metadata={"format": "pt"})
             os.replace(path / (name + ".new"), path / name)
@@ -593,32 +634,38 @@ class VLM(nn.Module):
                      "weight_map": {key: name for name, s in zip(names, shards) for key in s}}
             write_json(path / "model.safetensors.index.json", index)
         else:
-            (path / "model.safetensors.index.json").unlink(missing_ok=True)              # of a sharded model that was here before
+            # of a sharded model that was here before
+            (path / "model.safetensors.index.json").unlink(missing_ok=True)
         for old in set(path.glob("model*.safetensors")) - {path / name for name in names}:
             old.unlink()
         kept = str(dtype or next(self.parameters()).dtype).removeprefix("torch.")
         raw = retyped(self.config.raw, kept)
-        write_json(path / "config.json", {**raw, "architectures": ["Qwen2_5_VLForConditionalGeneration"], "torch_dtype": kept})
+        raw = {**raw, "architectures": ["Qwen2_5_VLForConditionalGeneration"], "torch_dtype": kept}
+        write_json(path / "config.json", raw)
 
-    # -------------------------------------------------------------------------------------------------------------------- forward
+    # ---------------------------------------------------------------------------------------------------------- forward
     def embed(self, input_ids, pixel_values=None, image_grid_thw=None, here=None):
-        """Token embeddings, with the image tokens' places (`here`, by default wherever their id stands) filled by the vision tower.
-        (B, T) -> (B, T, C)."""
+        """Token embeddings, with the image tokens' places (`here`, by default wherever their id stands) filled by the
+        vision tower. (B, T) -> (B, T, C)."""
         x = self.model.embed_tokens(input_ids)
         here = input_ids == self.config.image_token_id if here is None else here
-        wanted = 0 if image_grid_thw is None else int((image_grid_thw.prod(-1) // self.config.vision.spatial_merge_size ** 2).sum())
+        wanted = 0
+        if image_grid_thw is not None:
+            wanted = int((image_grid_thw.prod(-1) // self.config.vision.spatial_merge_size ** 2).sum())
         if int(here.sum()) != wanted:
-            raise ValueError(f"{int(here.sum())} image tokens in input_ids, but the pictures make {wanted}: the prompt was cut or pictures are missing")
+            raise ValueError(f"{int(here.sum())} image tokens in input_ids, but the pictures make {wanted}: "
+                             "the prompt was cut or pictures are missing")
         if wanted:
             features = self.visual(pixel_values.to(x.dtype), image_grid_thw.tolist())     # (image tokens, C)
             x = x.masked_scatter(here[..., None], features)
         return x
 
     def positions(self, input_ids, attention_mask=None, image_grid_thw=None, here=None):
-        """M-RoPE positions (3, B, T) of time, height and width, and the position (B,) that comes after each row (arXiv 2409.12191, 2.1).
+        """M-RoPE positions (3, B, T) of time, height and width, and the position (B,) that comes after each row (arXiv
+        2409.12191, 2.1).
 
-        Words advance all three by one. A picture's tokens share the position where it starts, plus their own row and column; what follows
-        starts behind the picture's longer side. Padding does not advance.
+        Words advance all three by one. A picture's tokens share the position where it starts, plus their own row and
+        column; what follows starts behind the picture's longer side. Padding does not advance.
         """
         step = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         offsets = None
@@ -634,7 +681,8 @@ class VLM(nn.Module):
             offsets = torch.cat(offsets).T.to(input_ids.device)                           # (3, image tokens)
             last = torch.tensor(counts, device=input_ids.device).cumsum(0) - 1
             row, col = here.nonzero(as_tuple=True)
-            step[row[last], col[last]] = torch.tensor(sides, device=input_ids.device)     # the last token of a picture steps over it
+            # the last token of a picture steps over it
+            step[row[last], col[last]] = torch.tensor(sides, device=input_ids.device)
         end = step.cumsum(1)
         positions = (end - step).repeat(3, 1, 1)                                          # (3, B, T)
         if offsets is not None:
@@ -653,51 +701,57 @@ class VLM(nn.Module):
         return self.model(x, positions, padding_mask(attention_mask))
 
     def forward(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None):
-        """(B, T) ids -> (B, T, V) logits. attention_mask (B, T) may be padded on either side; pixel_values (P, patch) of all pictures in
-        reading order, image_grid_thw (pictures, 3). Raises ValueError where image tokens and pictures do not match."""
+        """(B, T) ids -> (B, T, V) logits. attention_mask (B, T) may be padded on either side; pixel_values (P, patch)
+        of all pictures in reading order, image_grid_thw (pictures, 3). Raises ValueError where image tokens and
+        pictures do not match."""
         return self.head(self.hidden_states(input_ids, attention_mask, pixel_values, image_grid_thw))
 
     def prefill(self, input_ids, attention_mask, pixel_values, image_grid_thw, room=0):
-        """Read the prompts once: their cache (with room for that many more tokens), the last token's hidden state (B, C), the next position (B,)."""
+        """Read the prompts once: their cache (with room for that many more tokens), the last token's hidden state
+        (B, C), the next position (B,)."""
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         x = self.embed(input_ids, pixel_values, image_grid_thw)
         positions, after = self.positions(input_ids, valid, image_grid_thw)
         cache = KVCache(self.config, len(x), x.shape[1] + room, x)
         cache.extend(valid)
         hidden = self.model(x, positions, padding_mask(valid), cache)
-        last = (valid.long() * torch.arange(x.shape[1], device=x.device)).argmax(1)       # the last real token of each row
+        last = (valid.long() * torch.arange(x.shape[1], device=x.device)).argmax(1)    # the last real token of each row
         return cache, hidden[torch.arange(len(x), device=x.device), last], after
 
     @torch.no_grad()
-    def generate(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, *, n=1, max_new_tokens=256, temperature=1.0,
-                 top_k=0, top_p=1.0, eos_ids=(), generator=None):
+    def generate(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, *, n=1,
+                 max_new_tokens=256, temperature=1.0, top_k=0, top_p=1.0, eos_ids=(), generator=None, noise=None):
         """Sample n continuations of each prompt (B, T) -> Samples of B * n rows.
 
-        temperature 0 is greedy; top_k 0 and top_p 1 switch these filters off. A prompt is read once for all its samples; prompts whose
-        samples are all finished leave the batch.
+        temperature 0 is greedy; top_k 0 and top_p 1 switch these filters off. A prompt is read once for all its
+        samples; prompts whose samples are all finished leave the batch. All that is random is noise
+        (B * n, max_new_tokens), uniform numbers in [0, 1), drawn from the generator where none is given: row i, column
+        t decides token t of sample i, so that a sample depends on no row beside it, but for rounding.
         """
         if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or n < 1 or max_new_tokens < 1:
-            raise ValueError(f"generate: temperature {temperature} >= 0, 0 < top_p {top_p} <= 1, top_k {top_k} >= 0, n {n} >= 1 and "
-                             f"max_new_tokens {max_new_tokens} >= 1 are expected")
+            raise ValueError(f"generate: temperature {temperature} >= 0, 0 < top_p {top_p} <= 1, top_k {top_k} >= 0, "
+                             f"n {n} >= 1 and max_new_tokens {max_new_tokens} >= 1 are expected")
         cache, hidden, position = self.prefill(input_ids, attention_mask, pixel_values, image_grid_thw)
         device, B = input_ids.device, len(input_ids)
         eos = torch.tensor(list(eos_ids), device=device, dtype=torch.long)
         tokens = torch.full((B * n, max_new_tokens), int(eos[0]) if len(eos) else 0, device=device)
         mask = torch.zeros(B * n, max_new_tokens, dtype=torch.bool, device=device)
         logps = torch.zeros(B * n, max_new_tokens, device=device)
+        if noise is None:
+            noise = torch.rand(B * n, max_new_tokens, generator=generator, device=device)
         hidden, position = hidden.repeat_interleave(n, 0), position.repeat_interleave(n)
         cache.share(n, max_new_tokens)
         rows = torch.arange(B * n, device=device)                     # which rows of the result are still in the batch
-        done = torch.zeros(B * n, dtype=torch.bool, device=device)    # of the rows in the batch: finished, but a sibling is not
+        done = torch.zeros(B * n, dtype=torch.bool, device=device)    # of those: finished, but a sibling is not
         for t in range(max_new_tokens):
-            new, logp = pick(self.head(hidden), temperature, top_k, top_p, generator)
+            new, logp = pick(self.head(hidden), temperature, top_k, top_p, noise[rows, t])
             live = rows[~done]
             tokens[live, t], logps[live, t], mask[live, t] = new[~done], logp[~done], True
             done = done | torch.isin(new, eos)
             finished = done.view(-1, n).all(1)                        # (prompts in the batch,)
             if t + 1 == max_new_tokens or finished.all():
                 break
-            if finished.float().mean() > 0.2:                         # leaving costs a copy of the cache: not for every single prompt
+            if finished.float().mean() > 0.2:                         # leaving costs a copy of the cache
                 alive = (~finished).nonzero()[:, 0]
                 cache.keep(alive)
                 kept = (alive[:, None] * n + torch.arange(n, device=device)).flatten()
@@ -709,12 +763,12 @@ class VLM(nn.Module):
             position = position + 1
         return Samples(tokens[:, :t + 1], mask[:, :t + 1], logps[:, :t + 1])
 
-    # ---------------------------------------------------------------------------------------------------- log-probabilities with gradient
+    # ---------------------------------------------------------------------------------- log-probabilities with gradient
     def token_log_probs(self, hidden, targets, temperature=1.0, entropy=False, chunk_elements=2 ** 24):
         """log p(target) of M tokens, the head applied in chunks: hidden (M, C), targets (M,) -> (M,) float32.
 
-        Where one chunk is not enough, its logits are computed again in the backward pass, so at most `chunk_elements` logits live at once.
-        With entropy=True also the entropy (M,) of each distribution.
+        Where one chunk is not enough, its logits are computed again in the backward pass, so at most `chunk_elements`
+        logits live at once. With entropy=True also the entropy (M,) of each distribution.
         """
         def of_chunk(h, y):
             logits = self.head(h).float() / temperature                                   # (m, V)
@@ -732,25 +786,31 @@ class VLM(nn.Module):
             logp, h = (torch.cat(p) for p in zip(*parts))
         return (logp, h) if entropy else logp
 
-    def log_probs(self, input_ids, targets_mask, attention_mask=None, pixel_values=None, image_grid_thw=None, *, temperature=1.0):
+    def log_probs(self, input_ids, targets_mask, attention_mask=None, pixel_values=None, image_grid_thw=None, *,
+                  temperature=1.0):
         """Log-probabilities of the tokens under targets_mask, each given all before it; with gradient.
 
-        input_ids (B, T); targets_mask (B, T) bool, its first column is never a target (or (B, T - 1), the mask of input_ids[:, 1:]).
-        Returns (B, T - 1) float32: entry t belongs to input_ids[:, t + 1]; 0 outside the mask.
+        input_ids (B, T); targets_mask (B, T) bool, its first column is never a target (or (B, T - 1), the mask of
+        input_ids[:, 1:]). Returns (B, T - 1) float32: entry t belongs to input_ids[:, t + 1]; 0 outside the mask.
         """
         wanted = targets_mask.bool()
-        wanted = wanted[:, 1:] if wanted.shape[1] == input_ids.shape[1] else wanted       # (B, T - 1)
-        here = (input_ids == self.config.image_token_id) & ~F.pad(wanted, (1, 0))         # a sampled image token is a token like any other
-        hidden = self.hidden_states(input_ids, attention_mask, pixel_values, image_grid_thw, here)[:, :-1][wanted]    # (M, C)
+        wanted = wanted[:, 1:] if wanted.shape[1] == input_ids.shape[1] else wanted     # (B, T - 1)
+        # a sampled image token is a token like any other
+        here = (input_ids == self.config.image_token_id) & ~F.pad(wanted, (1, 0))
+        hidden = self.hidden_states(input_ids, attention_mask, pixel_values, image_grid_thw, here)
+        hidden = hidden[:, :-1][wanted]                                                 # (M, C)
         logps = self.token_log_probs(hidden, input_ids[:, 1:][wanted], temperature)
         return torch.zeros(wanted.shape, device=hidden.device).masked_scatter(wanted, logps)
 
-    def group_log_probs(self, tokens, mask, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, *, temperature=1.0,
-                        entropy=False):
-        """Log-probabilities of n responses behind each prompt, the prompt computed once (prefix sharing); with gradient.
+    def group_log_probs(self, tokens, mask, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, *,
+                        temperature=1.0, entropy=False):
+        """Log-probabilities of n responses behind each prompt, the prompt computed once (prefix sharing); with
+        gradient.
 
-        tokens, mask (N * n, L) as `generate` returns them; input_ids (N, P) left-padded prompts. A prompt and its responses are one row
-        [prompt | y1 | ... | yn]: each response has the positions that follow the prompt, and sees the prompt and itself only.
+        tokens, mask (N * n, L) as `generate` returns them (a row's tokens stand at its beginning); input_ids (N, P)
+        left-padded prompts. A prompt and its
+        responses are one row [prompt | y1 | ... | yn]: each response has the positions that follow the prompt, and sees
+        the prompt and itself only.
         Returns (N * n, L) float32, 0 outside the mask; with entropy=True also the entropies (N * n, L).
         """
         N, P = input_ids.shape
@@ -759,20 +819,24 @@ class VLM(nn.Module):
         if not valid[:, -1].all():
             raise ValueError("group_log_probs: prompts must be padded on the left, so that their last token is real")
         before, after = self.positions(input_ids, valid, image_grid_thw)
-        behind = (after[:, None] + torch.arange(L, device=device)).repeat(1, n)                           # (N, n L)
-        positions = torch.cat((before, behind.expand(3, -1, -1)), dim=2)                                  # (3, N, P + n L)
-        block = torch.arange(n, device=device).repeat_interleave(L)                                       # which response a token is of
-        block = torch.cat((block.new_full((P,), -1), block))                                              # -1: the prompt
-        sees = ((block[None, :] == -1) | (block[:, None] == block[None, :])).tril()                       # (P + n L, P + n L)
-        seen = torch.cat((valid, mask.reshape(N, n * L)), dim=1)                                           # padding is seen by nobody
-        sees = (sees & seen[:, None, None, :]) | torch.eye(P + n * L, dtype=torch.bool, device=device)
-        x = torch.cat((self.embed(input_ids, pixel_values, image_grid_thw), self.model.embed_tokens(tokens.reshape(N, n * L))), dim=1)
-        hidden = self.model(x, positions, sees)                                                           # (N, P + n L, C)
-        first = torch.full((n, 1), P - 1, device=device)                                                  # the prompt's end predicts y[0],
-        rest = P + torch.arange(n * L, device=device).view(n, L)[:, :-1]                                  # y[t - 1] predicts y[t]
-        hidden = hidden[:, torch.cat((first, rest), dim=1)].reshape(N * n, L, -1)                         # (N n, L, C)
-        out = self.token_log_probs(hidden[mask], tokens[mask], temperature, entropy)
-        spread = lambda values: torch.zeros(mask.shape, device=device).masked_scatter(mask, values)
+        # the tokens of the n responses, one response behind the other, without the padding between them
+        flat = mask.reshape(N, n * L)
+        K = int(flat.sum(1).max())
+        place = flat.long().argsort(dim=1, descending=True, stable=True)[:, :K]         # (N, K) where each stood
+        real, packed = flat.gather(1, place), tokens.reshape(N, n * L).gather(1, place)
+        response, t = place // L, place % L                                             # whose token, and the how manieth
+        positions = torch.cat((before, (after[:, None] + t).expand(3, -1, -1)), dim=2)  # (3, N, P + K)
+        block = torch.cat((torch.full_like(input_ids, -1), response), dim=1)            # -1: the prompt
+        seen = torch.cat((valid, real), dim=1)                                          # padding is seen by nobody
+        sees = (block[:, None, :] == -1) | (block[:, :, None] == block[:, None, :])     # (N, P + K, P + K)
+        sees = (sees.tril() & seen[:, None, :]) | torch.eye(P + K, dtype=torch.bool, device=device)
+        x = torch.cat((self.embed(input_ids, pixel_values, image_grid_thw), self.model.embed_tokens(packed)), dim=1)
+        hidden = self.model(x, positions, sees[:, None])                                # (N, P + K, C)
+        # the prompt's end predicts y[0], y[t - 1] predicts y[t]
+        source = torch.where(t == 0, P - 1, P - 1 + torch.arange(K, device=device))     # (N, K)
+        hidden = hidden.gather(1, source[..., None].expand(-1, -1, hidden.shape[-1]))   # (N, K, C)
+        out = self.token_log_probs(hidden[real], packed[real], temperature, entropy)
+        spread = lambda values: torch.zeros(N, n * L, device=device).masked_scatter(flat, values).view(N * n, L)
         return tuple(map(spread, out)) if entropy else spread(out)
 
 
@@ -797,7 +861,8 @@ def our_name(key):
 
 
 def weight_files(path):
-    """The safetensors files of a model directory: those of the index where there is one. Raises ValueError where there are none."""
+    """The safetensors files of a model directory: those of the index where there is one. Raises ValueError where there
+    are none."""
     path = Path(path)
     index = path / "model.safetensors.index.json"
     if index.exists():
@@ -811,7 +876,8 @@ def weight_files(path):
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
     if pickled := sorted(p.name for p in path.glob("*") if p.suffix in (".bin", ".pth", ".pt")):
-        raise ValueError(f"{path}: only {pickled[0]} is there, and pickled weights are not read because they can run code; convert them once with "
+        raise ValueError(f"{path}: only {pickled[0]} is there, and pickled weights are not read because they can run "
+                         "code; convert them once with "
                          "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')")
     raise ValueError(f"{path}: no model.safetensors")
 
@@ -822,11 +888,12 @@ def set_parameter(module, name, tensor):
     setattr(functools.reduce(getattr, path, module), last, nn.Parameter(tensor))
 
 
-# -------------------------------------------------------------------------------------------------------------------------- LoRA
+# ----------------------------------------------------------------------------------------------------------------- LoRA
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + b + (alpha / rank) B A x, with W and b frozen (arXiv 2106.09685). Names of W and b stay those of the layer it replaces."""
+    """y = W x + b + (alpha / rank) B A x, with W and b frozen (arXiv 2106.09685). Names of W and b stay those of the
+    layer it replaces."""
     def __init__(self, base, rank, alpha, generator=None):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -835,8 +902,9 @@ class LoRALinear(nn.Linear):
         if self.bias is not None:
             self.bias.requires_grad_(False)
         like = dict(dtype=base.weight.dtype, device=base.weight.device)
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **like).normal_(0, base.in_features ** -0.5, generator=generator))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **like))          # zero: training starts from the base exactly
+        A = torch.empty(rank, base.in_features, **like).normal_(0, base.in_features ** -0.5, generator=generator)
+        B = torch.zeros(base.out_features, rank, **like)                # zero: training starts from the base exactly
+        self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
         self.rank, self.alpha, self.enabled = rank, alpha, True
 
     def forward(self, x):
@@ -848,11 +916,12 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def add_lora(vlm, rank=16, alpha=32, targets=LORA_TARGETS, seed=0):
-    """Freeze the model and give each linear layer whose name ends with a target an adapter. Returns the trainable parameters.
+    """Freeze the model and give each linear layer whose name ends with a target an adapter.
 
-    Raises ValueError where a target names no layer.
+    Returns the trainable parameters. Raises ValueError where a target names no layer.
     """
-    found = {t: [name for name, m in vlm.named_modules() if isinstance(m, nn.Linear) and ("." + name).endswith("." + t)] for t in targets}
+    layers = [name for name, m in vlm.named_modules() if isinstance(m, nn.Linear)]
+    found = {t: [name for name in layers if ("." + name).endswith("." + t)] for t in targets}
     if empty := [t for t, names in found.items() if not names]:
         raise ValueError(f"add_lora: no linear layer is named {', '.join(empty)}")
     vlm.requires_grad_(False)
@@ -878,7 +947,7 @@ def lora_disabled(vlm):
 
 
 def adapter_name(name):
-    """Our parameter name -> peft's: base_model.model. + the newer published path, `.weight` behind lora_A and lora_B."""
+    """Our parameter name -> peft's: base_model.model. + the newer published path, `.weight` behind lora_A, lora_B."""
     name = "model.language_model." + name[len("model."):] if name.startswith("model.") else "model." + name
     return f"base_model.model.{name}.weight"
 
@@ -892,14 +961,18 @@ def save_adapter(vlm, path):
         raise ValueError("save_adapter: this model has no adapter; call add_lora first")
     save_file(tensors, path / "adapter_model.safetensors.new", metadata={"format": "pt"})
     os.replace(path / "adapter_model.safetensors.new", path / "adapter_model.safetensors")
-    write_json(path / "adapter_config.json", {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0, **vlm.lora})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0, **vlm.lora}
+    write_json(path / "adapter_config.json", config)
 
 
 def load_adapter(vlm, path):
-    """Read an adapter in peft's format into a model, adding the layers where it has none. Raises ValueError that names every key that does not fit."""
+    """Read an adapter in peft's format into a model, adding the layers where it has none.
+
+    Raises ValueError that names every key that does not fit.
+    """
     config = read_json(Path(path) / "adapter_config.json")
-    plain = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none", "modules_to_save": None, "layers_to_transform": None,
-             "rank_pattern": {}, "alpha_pattern": {}}
+    plain = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none", "modules_to_save": None,
+             "layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {}}
     for name, value in plain.items():
         if (config.get(name) or value or None) != (value or None):
             raise ValueError(f"{path}: {name} is {config[name]!r}, this code supports {value!r} only")
@@ -908,7 +981,8 @@ def load_adapter(vlm, path):
     if not hasattr(vlm, "lora"):
         add_lora(vlm, config["r"], config["lora_alpha"], tuple(config["target_modules"]))
     if vlm.lora["lora_alpha"] != config["lora_alpha"]:
-        raise ValueError(f"{path}: lora_alpha is {config['lora_alpha']}, the model's adapter has {vlm.lora['lora_alpha']}")
+        raise ValueError(f"{path}: lora_alpha is {config['lora_alpha']}, "
+                         f"the model's adapter has {vlm.lora['lora_alpha']}")
     ours = {n: p for n, p in vlm.named_parameters() if "lora_" in n}
     theirs, file = {}, Path(path) / "adapter_model.safetensors"
     try:
@@ -917,8 +991,10 @@ def load_adapter(vlm, path):
                 theirs[our_name(key.removeprefix("base_model.model.")).removesuffix(".weight")] = f.get_tensor(key)
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{file}: not a readable safetensors file ({e})") from None
-    bad = [f"missing: {n}" for n in sorted(set(ours) - set(theirs))] + [f"unexpected: {n}" for n in sorted(set(theirs) - set(ours))]
-    bad += [f"shape {list(theirs[n].shape)} instead of {list(ours[n].shape)}: {n}" for n in ours if n in theirs and theirs[n].shape != ours[n].shape]
+    bad = [f"missing: {n}" for n in sorted(set(ours) - set(theirs))]
+    bad += [f"unexpected: {n}" for n in sorted(set(theirs) - set(ours))]
+    bad += [f"shape {list(theirs[n].shape)} instead of {list(ours[n].shape)}: {n}"
+            for n in ours if n in theirs and theirs[n].shape != ours[n].shape]
     if bad:
         raise ValueError(f"{path}: {len(bad)} adapter weights do not fit: {'; '.join(bad)}")
     with torch.no_grad():
@@ -927,7 +1003,8 @@ def load_adapter(vlm, path):
 
 
 def merge_lora(vlm):
-    """Fold the adapters into the weights: W <- W + (alpha / rank) B A. Afterwards the model is an ordinary full checkpoint."""
+    """Fold the adapters into the weights: W <- W + (alpha / rank) B A. Afterwards the model is an ordinary full
+    checkpoint."""
     for name, m in list(vlm.named_modules()):
         if isinstance(m, LoRALinear):
             plain = nn.Linear(m.in_features, m.out_features, bias=m.bias is not None, device="meta")
@@ -939,16 +1016,18 @@ def merge_lora(vlm):
     return vlm.requires_grad_(True)
 
 
-# --------------------------------------------------------------------------------------------------------- pictures and conversations
+# ------------------------------------------------------------------------------------------- pictures and conversations
 
 
 def smart_resize(height, width, factor, min_pixels, max_pixels):
-    """Published rule: both sides multiples of `factor`, the area within the limits, the shape kept as well as that allows.
+    """Published rule: both sides multiples of `factor`, the area within the limits, the shape kept as well as that
+    allows.
 
     Pixels in, pixels out. Raises ValueError for a picture more than 200 times longer than it is wide.
     """
     if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"a picture of {width} x {height} pixels is more than 200 times longer than wide; cut it first")
+        raise ValueError(f"a picture of {width} x {height} pixels is more than 200 times longer than wide; "
+                         "cut it first")
     h, w = (round(side / factor) * factor for side in (height, width))
     if h * w > max_pixels:
         beta = math.sqrt(height * width / max_pixels)
@@ -960,7 +1039,8 @@ def smart_resize(height, width, factor, min_pixels, max_pixels):
 
 
 def load_picture(image):
-    """A path or a PIL picture -> PIL RGB, turned upright by its EXIF note. Raises ValueError that names a file that is no picture."""
+    """A path or a PIL picture -> PIL RGB, turned upright by its EXIF note. Raises ValueError that names a file that is
+    no picture."""
     try:
         if not isinstance(image, Image.Image):
             with Image.open(image) as f:
@@ -978,18 +1058,24 @@ def load_picture(image):
 
 
 class Processor:
-    """Conversations -> token ids and patches (ChatML, `tokenizer.json`, `preprocessor_config.json`), and token ids -> text."""
+    """Conversations -> token ids and patches (ChatML, `tokenizer.json`, `preprocessor_config.json`), and token ids ->
+    text."""
     CONTROL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
-    DEFAULT_SYSTEM = "You are a helpful assistant."       # what the published template says where a conversation has no system turn
+    # what the published template says where a conversation has no system turn
+    DEFAULT_SYSTEM = "You are a helpful assistant."
 
     def __init__(self, tokenizer, settings, eos_ids=()):
         self.tokenizer = tokenizer
         missing = [t for t in self.CONTROL if tokenizer.token_to_id(t) is None]
         if missing:
-            raise ValueError(f"tokenizer.json lacks the control tokens {', '.join(missing)}; is this a Qwen2.5-VL tokenizer?")
-        tokenizer.add_special_tokens(list(self.CONTROL))  # whatever the file says of them: control tokens are special
-        tokenizer.encode_special_tokens = True            # and special tokens in a text are read as the letters they are written with
-        self.start, self.end, self.vision_start, self.vision_end, self.image_pad = map(tokenizer.token_to_id, self.CONTROL)
+            raise ValueError(f"tokenizer.json lacks the control tokens {', '.join(missing)}; "
+                             "is this a Qwen2.5-VL tokenizer?")
+        # whatever the file says of them, control tokens are special,
+        # and special tokens in a text are read as the letters they are written with
+        tokenizer.add_special_tokens(list(self.CONTROL))
+        tokenizer.encode_special_tokens = True
+        ids = map(tokenizer.token_to_id, self.CONTROL)
+        self.start, self.end, self.vision_start, self.vision_end, self.image_pad = ids
         self.eos_ids = tuple(eos_ids) or (self.end,)
         pad = tokenizer.token_to_id("<|endoftext|>")
         self.pad_id = self.end if pad is None else pad
@@ -1004,29 +1090,34 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, path):
-        """Read tokenizer.json, preprocessor_config.json and generation_config.json of a model directory; ValueError names what is wrong."""
+        """Read tokenizer.json, preprocessor_config.json and generation_config.json of a model directory; ValueError
+        names what is wrong."""
         path = Path(path)
         if not (path / "tokenizer.json").is_file():
             raise ValueError(f"{path}: no tokenizer.json")
         try:
             tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-        except Exception as e:                            # the tokenizers package raises bare Exception for a file that does not parse
+        except Exception as e:      # the tokenizers package raises bare Exception for a file that does not parse
             raise ValueError(f"{path / 'tokenizer.json'}: not a readable tokenizer ({e})") from None
         settings = read_json(path / "preprocessor_config.json")
-        eos = read_json(path / "generation_config.json").get("eos_token_id", ()) if (path / "generation_config.json").exists() else ()
+        generation = path / "generation_config.json"
+        eos = read_json(generation).get("eos_token_id", ()) if generation.exists() else ()
         return cls(tokenizer, settings, (eos,) if isinstance(eos, int) else eos)
 
     def pixels(self, image):
-        """Picture -> patches (P, 3 * frames * patch^2) float32 and its grid (1, h, w) in patches; 2 x 2 neighbours stand together."""
+        """Picture -> patches (P, 3 * frames * patch^2) float32 and its grid (1, h, w) in patches; 2 x 2 neighbours
+        stand together."""
         image = load_picture(image)
         h, w = smart_resize(image.height, image.width, self.patch * self.merge, self.min_pixels, self.max_pixels)
         if (w, h) != image.size:
             image = image.resize((w, h), Image.Resampling.BICUBIC)
-        x = (np.asarray(image, dtype=np.float32) / 255 - self.mean) / self.std                    # (height, width, 3)
+        x = (np.asarray(image, dtype=np.float32) / 255 - self.mean) / self.std      # (height, width, 3)
         m, p = self.merge, self.patch
         gh, gw = h // p, w // p
-        x = x.transpose(2, 0, 1).reshape(3, gh // m, m, p, gw // m, m, p)                         # channel, block row, row, y, block column, column, x
-        x = x.transpose(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None].repeat(self.frames, axis=5)     # block row, block column, row, column, channel, frame, y, x
+        # channel, block row, row, y, block column, column, x
+        x = x.transpose(2, 0, 1).reshape(3, gh // m, m, p, gw // m, m, p)
+        # block row, block column, row, column, channel, frame, y, x
+        x = x.transpose(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None].repeat(self.frames, axis=5)
         return torch.from_numpy(x.reshape(gh * gw, -1)), (1, gh, gw)
 
     def encode(self, text):
@@ -1034,7 +1125,8 @@ class Processor:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def turn(self, message, grids):
-        """Ids of one turn: <|im_start|>role, newline, the contents, <|im_end|>, newline. Pictures take their grid from `grids` in order."""
+        """Ids of one turn: <|im_start|>role, newline, the contents, <|im_end|>, newline. Pictures take their grid from
+        `grids` in order."""
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         ids, text = [self.start], message["role"] + "\n"
@@ -1043,7 +1135,8 @@ class Processor:
                 text += part["text"]
                 continue
             t, h, w = next(grids)
-            ids += self.encode(text) + [self.vision_start] + [self.image_pad] * (t * h * w // self.merge ** 2) + [self.vision_end]
+            places = [self.image_pad] * (t * h * w // self.merge ** 2)
+            ids += self.encode(text) + [self.vision_start] + places + [self.vision_end]
             text = ""
         return ids + self.encode(text) + [self.end] + self.encode("\n")
 
@@ -1051,7 +1144,8 @@ class Processor:
         """One conversation -> (ids, list of patches, list of grids), ending with the header of the assistant's turn."""
         parts = [part for m in conversation if not isinstance(m["content"], str) for part in m["content"]]
         if wrong := [part for part in parts if part.get("type") not in ("text", "image") or part["type"] not in part]:
-            raise ValueError(f"conversation: {str(wrong[0])[:80]} is neither {{'type': 'text', 'text': ...}} nor {{'type': 'image', 'image': ...}}")
+            raise ValueError(f"conversation: {str(wrong[0])[:80]} is neither {{'type': 'text', 'text': ...}} "
+                             "nor {'type': 'image', 'image': ...}")
         pictures = [self.pixels(part["image"]) for part in parts if part["type"] == "image"]
         grids = iter([g for _, g in pictures])
         if conversation[0]["role"] != "system":
@@ -1069,12 +1163,13 @@ class Processor:
             attention_mask[row, T - len(ids):] = True
         patches = [x for _, xs, _ in prompts for x in xs]
         grids = [g for _, _, gs in prompts for g in gs]
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": torch.cat(patches) if patches else None,
+        return {"input_ids": input_ids, "attention_mask": attention_mask,
+                "pixel_values": torch.cat(patches) if patches else None,
                 "image_grid_thw": torch.tensor(grids) if grids else None}
 
     def __call__(self, conversations):
-        """List of conversations -> dict(input_ids (B, T), attention_mask (B, T) bool, pixel_values (P, patch), image_grid_thw (pictures, 3));
-        left-padded, the last two None where there is no picture."""
+        """List of conversations -> dict(input_ids (B, T), attention_mask (B, T) bool, pixel_values (P, patch),
+        image_grid_thw (pictures, 3)); left-padded, the last two None where there is no picture."""
         return self.batch([self.prompt(c) for c in conversations])
 
     def decode(self, ids):

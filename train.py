@@ -26,16 +26,17 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from grpo import RewardOptions, answer_reward, group_advantages, grpo_loss, similarity_table, step_reward
 from infer import (BASES, IMAGE, ROUTES, Candidate, OneLineParser, Router, Search, answer_scores, conversation, embedded_world, evaluate,
-                   golds_of, load_questions, parse_step, render_answer, render_route, world_bases)
+                   golds_of, load_prompts, load_questions, parse_step, render_answer, render_route, world_bases)
 from model import VLM, Processor, add_lora, load_adapter, lora_disabled, merge_lora, read_json, save_adapter, write_json
 from retrieve import load_encoder
 
@@ -63,7 +64,7 @@ class Options:
     beta1: float = option(0.9, "AdamW's memory of the gradient")
     beta2: float = option(0.98, "AdamW's memory of the squared gradient")
     clip_norm: float = option(1.0, "largest norm of the gradient; 0 does not clip")
-    device: str = option("cpu", "where to train: cpu, cuda, cuda:1 ...")
+    device: str = option("cpu", "where to train: cpu, cuda, cuda:1 ...; under torchrun cpu or cuda (a GPU each)")
     dtype: str = option("float32", "type of the weights while training", choices=("float32", "bfloat16"))
     threads: int = option(0, "CPU threads of torch; 0 leaves torch's choice")
     save_every: int = option(200, "updates between checkpoints")
@@ -207,12 +208,120 @@ def make_batch(processor, examples, max_positions, device):
             continue
         prompts.append((ids + response, patches, grids))
         responses.append(len(response))
-    if not prompts:
-        raise ValueError(f"all {len(examples)} examples of a batch are longer than the model's {max_positions} positions")
+    if not prompts:                                      # a rank's empty share is a row without targets, so it joins in
+        prompts, responses = [([processor.pad_id] * 2, [], [])], [0]
     batch = processor.batch(prompts)
     T = batch["input_ids"].shape[1]
     mask = torch.arange(T) >= T - torch.tensor(responses)[:, None]        # (B, T): rows end together, so targets are the last tokens
     return {k: None if v is None else v.to(device) for k, v in batch.items()}, mask.to(device), too_long
+
+
+# ---------------------------------------------------------------------------------------------------------------- ranks
+#
+# `torchrun --nproc_per_node N train.py ...` starts N processes, the ranks, that train one model: each keeps 1 / N of
+# weights, gradients and optimizer state (FSDP2, arXiv 2304.11277). All draw and decide alike; prompts, groups and
+# examples are dealt out, and what the ranks find is put together. A rank that waits for a message which another never
+# sends waits forever: whatever they exchange, they exchange equally often. Without torchrun there is one rank.
+
+
+def join_ranks(device):
+    """Meet the processes that torchrun started beside this one. ValueError for a --device that they cannot share."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: under torchrun say cpu or cuda; every rank takes the GPU of its number")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))              # from here on "cuda" is this rank's GPU
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")                                # the first rank speaks for all
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value):
+    """What every rank has to say, in the order of the ranks; waits for all of them."""
+    said = [value] * ranks()
+    if ranks() > 1:
+        dist.all_gather_object(said, value)
+    return said
+
+
+@contextmanager
+def first_rank_first():
+    """What is written on first use (a world, its bases) is written by the first rank; the others find it there."""
+    if rank():
+        gather(None)
+    try:
+        yield
+    finally:
+        if not rank():
+            gather(None)
+
+
+def sharded(model):
+    """The model as it is trained: itself where there is one rank, else a twin of which each rank keeps its share.
+
+    The model itself is emptied; `Run.whole` fills it when all weights are needed in one place. In a pass the decoder's
+    layers are gathered one by one. All else (embeddings, vision tower, head) is gathered together: were a block of the
+    tower gathered by itself, a rank that shows no pictures would leave the others waiting there.
+    """
+    if ranks() == 1:
+        return model
+    from torch.distributed.device_mesh import init_device_mesh            # here, because these imports take a second
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    mesh = init_device_mesh(next(model.parameters()).device.type, (ranks(),))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)             # bfloat16 gradients are added up in float32
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})   # modules of its own, the same parameters
+    for module in (*twin.model.layers, twin):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    for name in ("log_probs", "group_log_probs"):
+        register_fsdp_forward_method(twin, name)
+    empty(model)
+    return twin
+
+
+def expect_pictures(model, some):
+    """Say before a pass whether any rank shows pictures. If so, a rank without gives zeros as the vision tower's
+    gradient; if not, nobody gives one, and AdamW leaves the tower alone, as it does with one rank."""
+    if ranks() > 1:
+        model.set_reduce_scatter_unused_params(some)
+
+
+def empty(model):
+    for p in model.parameters():
+        p.data = p.data.new_empty(0)
+
+
+def full(tensor):
+    """All of a tensor of which each rank may hold a share."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def share_of(tensor, p):
+    """This rank's share of a full tensor, cut as the parameter p is."""
+    if not hasattr(p, "placements"):
+        return tensor.to(p.device)
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+
+
+class RankRouter(Router):
+    """A router whose model calls are dealt out to the ranks. All draw the noise of all, so the outputs are the same
+    for any number of ranks."""
+
+    def sample(self, talks, generator, n=None):
+        noise, mine = self.noise(talks, generator, n), slice(rank(), None, ranks())
+        outputs = [None] * len(talks)
+        for r, some in enumerate(gather(super().sample(talks[mine], generator, n, noise[mine]))):
+            outputs[r::ranks()] = some
+        return outputs
 
 
 # ---------------------------------------------------------------------------------------------------------------------- a run
@@ -222,70 +331,101 @@ class Run:
     """The folder of a run: what was asked for, what happened, and checkpoints from which it goes on."""
 
     def __init__(self, options, model, processor, prompts):
-        self.o, self.model, self.processor, self.prompts = options, model, processor, prompts
+        self.o, self.plain, self.processor, self.prompts = options, model, processor, prompts
         self.path = Path(options.out)
         self.path.mkdir(parents=True, exist_ok=True)
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.state = {"step": 0, "seconds": 0.0, "tokens": 0, "best": None}
+        stored = self.resume()
+        self.model = sharded(model)                      # what is trained; `plain` is what samples and is saved
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.names = {id(p): name for name, p in trained}
         self.optimizer = torch.optim.AdamW([{"params": [p for _, p in trained if p.dim() > 1], "weight_decay": options.weight_decay},
                                             {"params": [p for _, p in trained if p.dim() <= 1], "weight_decay": 0.0}],
                                            lr=options.learning_rate, betas=(options.beta1, options.beta2), fused=True)
         self.generator = torch.Generator(options.device).manual_seed(options.seed)
-        self.state = {"step": 0, "seconds": 0.0, "tokens": 0, "best": None}
-        self.resume()
-        write_json(self.path / "options.json", asdict(options))
+        self.restore(stored)
+        if not rank():
+            write_json(self.path / "options.json", asdict(options))
         self.started, self.recent, self.signal = time.time() - self.state["seconds"], [], None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda which, _: setattr(self, "signal", which))
 
     def steps(self):
         """The numbers of the updates still to do. Validates and saves between them; a signal ends the run behind the update under way."""
+        self.agree()
         for step in range(self.state["step"], self.o.steps):
             if self.progress(step) >= 1:
                 break
             yield step
+            self.agree()
             over = step + 1 == self.o.steps or self.progress(step + 1) >= 1
             best = self.validate(step + 1) if self.o.val_every and ((step + 1) % self.o.val_every == 0 or over) else False
-            if best or over or self.signal or (step + 1) % self.o.save_every == 0:
+            if best or over or self.stop or (step + 1) % self.o.save_every == 0:
                 self.save(best)
-            if self.signal:
-                print(f"train.py: stopped after step {step + 1}; the same command continues", file=sys.stderr)
-                sys.exit(128 + self.signal)
+            if self.stop:
+                tell(f"train.py: stopped after step {step + 1}; the same command continues")
+                sys.exit(128 + self.stop)
         print(json.dumps({"run": str(self.path), "steps": self.state["step"], "seconds": round(self.state["seconds"], 1),
                           "tokens": self.state["tokens"], "best": self.state["best"]}))
 
+    def agree(self):
+        """Ranks leave the loop together: the first rank's clock counts, and a signal to any of them stops all."""
+        said = gather((time.time() - self.started, self.signal))
+        self.clock, self.stop = said[0][0], max((number for _, number in said if number), default=None)
+
     def progress(self, step):
         """Share of the run that is behind us, by updates or by the clock, whichever is further."""
-        clock = (time.time() - self.started) / (60 * self.o.minutes) if self.o.minutes else 0.0
-        return max(step / self.o.steps, clock)
+        return max(step / self.o.steps, self.clock / (60 * self.o.minutes) if self.o.minutes else 0.0)
 
     def resume(self):
-        """Continue from `last`, where there is one: weights, optimizer, random state, counters. Log lines of lost steps are dropped."""
+        """Continue from `last`, where there is one: weights, counters; log lines of lost steps are dropped.
+
+        Returns what `restore` reads: optimizer and random state, {} in a new run.
+        """
         last = self.path / "last"
         if not last.exists():
-            (self.path / "log.jsonl").unlink(missing_ok=True)
-            return
+            if not rank():
+                (self.path / "log.jsonl").unlink(missing_ok=True)
+            return {}
         asked, was = asdict(self.o), read_json(self.path / "options.json")
         free = ("out", "steps", "minutes", "save_every", "log_every", "threads")
         if different := [k for k in asked if k not in free and list_of(asked[k]) != was.get(k)]:
             raise ValueError(f"{self.path} holds a run with another --{different[0].replace('_', '-')} ({was.get(different[0])}); name another --out, or remove it")
         self.state = read_json(last / "trainer.json")
-        stored = load_file(last / "trainer.safetensors", device="cpu")
-        if hasattr(self.model, "lora"):
-            load_adapter(self.model, last)
+        if hasattr(self.plain, "lora"):
+            load_adapter(self.plain, last)
         else:
-            self.model.load_state_dict(VLM.from_pretrained(last, dtype=next(self.model.parameters()).dtype).state_dict())
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                name = self.names[id(p)]
-                if f"step.{name}" in stored:                         # nothing is stored where no update was made yet
-                    self.optimizer.state[p] = {key: stored[f"{key}.{name}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
-        self.generator.set_state(stored["generator"])
-        log = self.path / "log.jsonl"
-        kept = [line for line in log.read_text().splitlines(True) if json.loads(line)["step"] <= self.state["step"]]
-        log.with_suffix(".new").write_text("".join(kept))
-        log.with_suffix(".new").replace(log)
-        print(f"continuing {self.path} after step {self.state['step']}", file=sys.stderr)
+            saved = VLM.from_pretrained(last, dtype=next(self.plain.parameters()).dtype)
+            self.plain.load_state_dict(saved.state_dict())
+        if not rank():
+            log = self.path / "log.jsonl"
+            kept = [line for line in log.read_text().splitlines(True) if json.loads(line)["step"] <= self.state["step"]]
+            log.with_suffix(".new").write_text("".join(kept))
+            log.with_suffix(".new").replace(log)
+        tell(f"continuing {self.path} after step {self.state['step']}")
+        return load_file(last / "trainer.safetensors", device="cpu")
+
+    def restore(self, stored):
+        """Optimizer and random state of a checkpoint, whatever the number of ranks that wrote it."""
+        for p in (p for group in self.optimizer.param_groups for p in group["params"]):
+            name = self.names[id(p)]
+            if f"step.{name}" in stored:                 # nothing is stored where no update was made yet
+                moments = {key: share_of(stored[f"{key}.{name}"], p) for key in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[p] = {"step": stored[f"step.{name}"].to(p.device), **moments}
+        if stored:
+            self.generator.set_state(stored["generator"])
+
+    @contextmanager
+    def whole(self):
+        """Inside, the plain model has all weights on every rank: for saving, and for sampling, where ranks end at
+        different tokens and must not wait for each other at every layer."""
+        if self.model is self.plain:
+            yield
+            return
+        for p, share in zip(self.plain.parameters(), self.model.parameters()):
+            p.data = full(share.detach())
+        yield
+        empty(self.plain)
 
     def learning_rate(self, step):
         """Linear warm-up, then constant, then a linear fall to a tenth over the last `decay` of the run."""
@@ -298,7 +438,8 @@ class Run:
         rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        norm = torch.nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], self.o.clip_norm or math.inf)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = full(torch.nn.utils.clip_grad_norm_(trained, self.o.clip_norm or math.inf))       # over all ranks
         if not math.isfinite(norm):
             raise FloatingPointError(f"step {step + 1}: the gradient is {norm.item()}; the last good checkpoint is {self.path / 'last'}; "
                                      "try a lower --learning-rate")
@@ -310,6 +451,8 @@ class Run:
         """One line a step: for programs in log.jsonl, for people on the screen with the time left."""
         self.state["step"], self.state["seconds"] = row["step"], time.time() - self.started
         row = {**row, "seconds": round(self.state["seconds"], 2)}
+        if rank():
+            return
         with open(self.path / "log.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
         if "validation" in row:
@@ -324,11 +467,14 @@ class Run:
 
     def validate(self, step):
         """Answer the validation world's questions greedily through the router. Returns whether this is the best score so far."""
-        world = self.o.val_world or embedded_world("val", "val", 0, 260)
+        with first_rank_first():
+            world = self.o.val_world or embedded_world("val", "val", 0, 260)
+            bases = world_bases(world)
         rows, _ = load_questions(Path(world) / "questions.jsonl", limit=self.o.val_questions)
-        router = Router(self.model, self.processor, world_bases(world), prompts=self.prompts, max_new_tokens=64)
         before = time.time()
-        scores = evaluate(router.run(rows))
+        with self.whole():
+            router = RankRouter(self.plain, self.processor, bases, prompts=self.prompts, max_new_tokens=64)
+            scores = evaluate(router.run(rows))
         self.started += time.time() - before                             # validation is not training time
         self.log({"step": step, "validation": scores})
         print(f"validation after step {step}: F1-Recall {scores['f1_recall']:.3f}, routing {scores['route_accuracy']:.3f}, retrievals "
@@ -339,15 +485,28 @@ class Run:
         return better
 
     def save(self, best=False):
-        """Write a checkpoint under its own name, then let the link `last` (and `best`) point to it: a kill at any moment leaves a whole one."""
+        """Put the shares of the ranks together; the first one writes the checkpoint."""
+        stored = {"generator": self.generator.get_state()}
+        for p, state in self.optimizer.state.items():
+            for key, value in state.items():
+                value = full(value).contiguous()
+                if not rank():
+                    stored[f"{key}.{self.names[id(p)]}"] = value.cpu()
+        with self.whole():
+            if not rank():
+                self.write(stored, best)
+        gather(None)                                     # nobody ends the run while the first rank writes
+
+    def write(self, stored, best):
+        """Write a checkpoint under its own name, then let the link `last` (and `best`) point to it: a kill at any
+        moment leaves a whole one."""
         name = f"checkpoint-{self.state['step']:06d}"
         folder = self.path / name
         if not folder.exists():
             new = self.path / (name + ".new")
             shutil.rmtree(new, ignore_errors=True)
-            write_model(new, self.model, self.o.model, self.prompts)
-            stored = {f"{key}.{self.names[id(p)]}": value for p, s in self.optimizer.state.items() for key, value in s.items()}
-            save_file({k: v.contiguous().cpu() for k, v in stored.items()} | {"generator": self.generator.get_state()}, new / "trainer.safetensors")
+            write_model(new, self.plain, self.o.model, self.prompts)
+            save_file(stored, new / "trainer.safetensors")
             write_json(new / "trainer.json", self.state)
             new.replace(folder)
         for link in ("last", "best") if best else ("last",):
@@ -358,6 +517,12 @@ class Run:
         for old in self.path.glob("checkpoint-*"):
             if old.name not in kept:
                 shutil.rmtree(old)
+
+
+def tell(line):
+    """A line for people on stderr, once."""
+    if not rank():
+        print(line, file=sys.stderr)
 
 
 def list_of(value):
@@ -434,6 +599,7 @@ def read_sources(specs):
 
 def sft(o):
     """Supervised training on step files: cross-entropy of the response tokens, nothing else."""
+    join_ranks(o.device)
     model, processor, fresh = open_model(o)
     if o.previous_token_head and fresh:
         start_previous_token_head(model)
@@ -446,16 +612,23 @@ def sft(o):
         if place == len(batches):
             pool, place = pool + 1, 0
             batches = mixture.batches(pool)
-        batch, mask, too_long = make_batch(processor, batches[place], model.config.max_positions, o.device)
-        place += 1
-        logps = model.log_probs(targets_mask=mask, **batch)                       # (B, T - 1)
-        loss = -logps.sum() / mask.sum()
-        loss.backward()
+        examples, place = batches[place], place + 1
+        batch, mask, too_long = make_batch(processor, examples[rank()::ranks()], model.config.max_positions, o.device)
+        counts, pictures = zip(*gather((int(mask.sum()), batch["pixel_values"] is not None)))
+        if not sum(counts):
+            raise ValueError(f"all {len(examples)} examples of a batch are longer than the model's "
+                             f"{model.config.max_positions} positions")
+        expect_pictures(run.model, any(pictures))
+        logps = run.model.log_probs(targets_mask=mask, **batch)               # (B, T - 1)
+        loss = -logps.sum() / sum(counts)                                     # this rank's part of the batch's loss
+        (loss * ranks()).backward()                                           # FSDP takes the mean over ranks
         metrics = run.update(step)
-        run.state["tokens"] += batch["input_ids"].numel()
+        tokens = batch["input_ids"].numel() if counts[rank()] else 0
+        losses, tokens, too_long = map(sum, zip(*gather((loss.item(), tokens, too_long))))
+        run.state["tokens"] += tokens
         run.state["place"] = [pool, place]
-        run.log({"step": step + 1, "loss": loss.item(), "examples": len(batches[place - 1]), "tokens": batch["input_ids"].numel(),
-                 "too_long": too_long, **metrics})
+        run.log({"step": step + 1, "loss": losses, "examples": len(examples), "tokens": tokens, "too_long": too_long,
+                 **metrics})
 
 
 # ---------------------------------------------------------------------------------------------------------------------- Step-GRPO
@@ -496,7 +669,7 @@ class GrpoOptions(Options):
     entropy_coef: float = option(0.0, "bonus for entropy on the tokens between the ret tags")
     level: str = option("token", "mean over all tokens, or over outputs", choices=("token", "sequence"))
     updates: int = option(1, "passes over a batch of samples; above 1 the clip matters")
-    tokens: int = option(8192, "token budget of a micro-batch of the update, prompts and responses")
+    tokens: int = option(2048, "token budget of a micro-batch of the update, prompts and responses")
     lora_rank: int = option(0, "train an adapter of this rank instead of all weights; 0 trains all")
     lora_alpha: float = option(32.0, "the adapter is scaled by alpha / rank")
     drop: tuple = option((), "offline: rows to leave out", nargs="*", choices=("no_picture", "repeats", "no_information"))
@@ -521,6 +694,10 @@ class Group:
     @property
     def size(self):
         return len(self.prompt_ids) + sum(len(c.token_ids) for c in self.candidates)
+
+    @property
+    def picture(self):
+        return any(not isinstance(message["content"], str) for message in self.conversation)
 
 
 class Interest:
@@ -570,7 +747,8 @@ class Offline:
         self.o, self.run, self.router = o, run, router
         rows = [row for name in o.data for row in read_steps(name)]
         kept, self.counts = clean_rows(rows, o.drop)
-        print(f"{len(rows)} rows: " + ", ".join(f"{n} {name}" for name, n in self.counts.items()) + f"; {len(kept)} are trained on", file=sys.stderr)
+        found = ", ".join(f"{n} {name}" for name, n in self.counts.items())
+        tell(f"{len(rows)} rows: {found}; {len(kept)} are trained on")
         self.steps = [step for row in kept for step in row]
         queries = [s.answer["query"] for s in self.steps if s.kind == "ret"]
         self.encoder, _ = load_encoder(o.encoder).fitted([{"text": q} for q in queries])
@@ -812,10 +990,18 @@ def micro_batches(groups, budget):
 
 
 def accumulate(o, model, reference, processor, groups):
-    """Gradient of one update over all groups, micro-batch by micro-batch. Returns the metrics of the whole."""
+    """Gradient of one update over all groups, micro-batch by micro-batch. Returns the metrics of the whole.
+
+    Every rank knows all groups and takes its share. All make equally many passes: one that is through earlier goes on
+    with the smallest group at weight 0.
+    """
     total = sum(len(c.token_ids) for g in groups for c in g.candidates) if o.level == "token" else sum(len(g.candidates) for g in groups)
-    sums = Counter()
-    for part in micro_batches(groups, o.tokens):
+    groups, sums = sorted(groups, key=lambda g: g.size), Counter()
+    shares = [micro_batches(groups[r::ranks()], o.tokens) for r in range(ranks())]
+    expect_pictures(model, any(g.picture for g in groups))
+    for i in range(max(map(len, shares))):
+        mine = i < len(shares[rank()])
+        part = shares[rank()][i] if mine else groups[:1]
         inputs, old, advantages, route = pack(processor, part, o.device, o.entropy_coef > 0)
         logp, entropy = model.group_log_probs(**inputs, temperature=o.temperature, entropy=True)
         ref = None
@@ -826,11 +1012,17 @@ def accumulate(o, model, reference, processor, groups):
                                   level=o.level, normalizer=total)
         if o.entropy_coef:
             loss = loss - o.entropy_coef * (entropy * route).sum() / total
-        loss.backward()
+        (loss * (ranks() * mine)).backward()                              # FSDP takes the mean over ranks
+        if not mine:
+            continue
         share = int(inputs["mask"].sum())
         sums.update({"loss": loss.item(), "kl": metrics.get("kl", 0.0), "entropy": entropy.sum().item(), "tokens": share,
                      "clip_fraction": metrics["clip_fraction"] * share})
         sums["ratio_max"] = max(sums["ratio_max"], metrics["ratio_max"])
+    sums, every = Counter(), gather(sums)
+    for one in every:
+        sums.update(one)                                                  # adds
+    sums["ratio_max"] = max(one["ratio_max"] for one in every)
     tokens = sums.pop("tokens")
     return {**sums, "entropy": sums["entropy"] / tokens, "clip_fraction": sums["clip_fraction"] / tokens}
 
@@ -848,19 +1040,23 @@ def reward_metrics(groups):
 
 def grpo(o):
     """Step-GRPO on one screen: sample, reward, advantage, loss, update, log, save."""
+    join_ranks(o.device)
     model, processor, _ = open_model(o)
     if o.lora_rank:
         add_lora(model, o.lora_rank, o.lora_alpha)
     prompts = read_json(Path(o.model) / "prompts.json") if (Path(o.model) / "prompts.json").exists() else {}
-    world = o.world or embedded_world("train", "train", 0, 3000) if o.mode != "offline" else None
-    bases = world_bases(world) if world else {base: None for base in BASES}
-    router = Router(model, processor, bases, prompts=prompts, k=o.k, max_steps=o.max_steps, max_new_tokens=o.max_new_tokens, temperature=o.temperature)
+    with first_rank_first():
+        world = o.world or embedded_world("train", "train", 0, 3000) if o.mode != "offline" else None
+        bases = world_bases(world) if world else {base: None for base in BASES}
+    router = RankRouter(model, processor, bases, prompts=prompts, k=o.k, max_steps=o.max_steps,
+                        max_new_tokens=o.max_new_tokens, temperature=o.temperature)
+    reference = reference_of(o, model)
     run = Run(o, model, processor, prompts)
     source = {"offline": Offline, "online": Online, "outcome": Outcome}[o.mode](o, run, router, world)
-    reference = reference_of(o, model)
     for step in run.steps():
         clock = [time.time()]
-        groups, counts = source.sample(step, random.Random(f"{o.seed} {step}"))                              # sample, reward
+        with run.whole():
+            groups, counts = source.sample(step, random.Random(f"{o.seed} {step}"))         # sample, reward
         clock.append(time.time())
         if o.mode != "outcome":
             for g in groups:
@@ -868,7 +1064,7 @@ def grpo(o):
         useful = [g for g in groups if g.advantages.abs().sum() > 0]
         metrics = {}
         for _ in range(o.updates if useful else 0):
-            metrics = accumulate(o, model, reference, processor, useful)                                     # loss, Eq. 4 to 6
+            metrics = accumulate(o, run.model, reference, processor, useful)                # loss, Eq. 4 to 6
             metrics.update(run.update(step))                                                                 # update
         clock.append(time.time())
         sampled = sum(len(c.token_ids) for g in groups for c in g.candidates)
@@ -878,11 +1074,51 @@ def grpo(o):
 
 
 def reference_of(o, model):
-    """The reference policy of the KL term, as a context: the base with its adapter off, or a frozen copy of the start."""
+    """The reference policy of the KL term, as a context: the base with its adapter off, or a frozen copy of the start,
+    whole on every rank."""
     if o.kl_coef and not o.lora_rank:
         frozen = copy.deepcopy(model).requires_grad_(False)
         return lambda _: nullcontext(frozen)
     return lora_disabled
+
+
+@dataclass(frozen=True)
+class ShowOptions(GrpoOptions):
+    """Show one question as training sees it: the group of each step, its rewards and advantages. Nothing is trained."""
+    question: int = option(0, "number of the question in the world's file")
+    follow: str = option("best", "the candidate that the trajectory goes on with", choices=("random", "best"))
+
+
+def show(o):
+    """Print a trajectory with the whole group of every step: the arithmetic of Eq. 1 to 3 on real outputs."""
+    model, processor, _ = open_model(o)
+    world = o.world or embedded_world("train", "train", 0, 3000)
+    rows, bases, prompts = practice_rows(world), world_bases(world), load_prompts(Path(o.model) / "prompts.json")
+    router = Router(model, processor, bases, prompts=prompts, k=o.k, max_steps=o.max_steps, temperature=o.temperature,
+                    max_new_tokens=o.max_new_tokens)
+    rng, generator = random.Random(o.seed), torch.Generator(o.device).manual_seed(o.seed)
+    x = Live(router.open(0, rows[o.question % len(rows)]), 0)
+    print(f"{x.row['question']}   gold: {' | '.join(map(str, golds_of(x.row)))}")
+    while x.request is not None:
+        (ids, candidates), = router.sample([x.q.conversation(router.prompts)], generator, o.group)
+        print(f"\n{x.request.kind} step, {len(ids)} prompt tokens", end="")
+        if not (golds := x.golds()):
+            print(": a sub-question that no gold hop matches cannot be judged; one output is followed")
+            x.go_on(router.step(x.q, ids, candidates, 0))
+        else:
+            parts = score(o, [(c, golds) for c in candidates], bases["text"].encoder)
+            rewards = [p.total for p in parts]
+            advantages = group_advantages(torch.tensor(rewards), torch.zeros(len(parts)), o.scale).tolist()
+            print(f", gold: {' | '.join(str(g['answer']) for g in golds)}")
+            for c, p, a in zip(candidates, parts, advantages):
+                kept = {k: round(v, 3) for k, v in asdict(p).items() if v is not None and k not in ("total", "price")}
+                print(f"  r {p.total:.3f}  A {a:+.3f}  {len(c.token_ids):2d} tokens in the loss  {kept}  {c.text}")
+            best = rewards.index(max(rewards)) if o.follow == "best" else rng.randrange(len(parts))
+            x.go_on(router.step(x.q, ids, candidates, best))
+        if isinstance(x.request, Search):
+            router.search([x.q])
+            for base, hits in x.request.evidence.items():
+                print("".join(f"  evidence {hit.score:.3f}  {hit.text}\n" for hit in hits), end="")
 
 
 @dataclass(frozen=True)
@@ -910,7 +1146,7 @@ def export(o):
     print(f"{o.out}: {sum(p.numel() for p in model.parameters()):,} weights in {o.dtype}, step {read_json(source / 'trainer.json')['step']} of {o.run}")
 
 
-COMMANDS = {"sft": (SftOptions, sft), "grpo": (GrpoOptions, grpo), "export": (ExportOptions, export)}
+COMMANDS = {"sft": (SftOptions, sft), "grpo": (GrpoOptions, grpo), "show": (ShowOptions, show), "export": (ExportOptions, export)}
 
 
 def main():
@@ -921,12 +1157,15 @@ def main():
     options, command = COMMANDS[name]
     try:
         command(parse_options(options, words))
-    except (ValueError, FloatingPointError) as e:
-        print(f"train.py: {e}", file=sys.stderr)
+    except (ValueError, FloatingPointError) as e:      # torchrun ends the others once one rank failed, so each says why
+        sys.stderr.write(f"train.py: {e}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         print("train.py: stopped; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""The embedded world: countries, people, cups and flags that nobody can know beforehand, written in the published file formats.
+"""The embedded world: countries, people, cups and flags that nobody can know beforehand, in the published file formats.
 
 What flows through this file:
-    seed -> a small world of facts -> three corpora and pictures -> questions with their gold hops -> step files to train on
+    seed -> a small world of facts -> three corpora and pictures
+                                   -> questions with their gold hops -> step files to train on
 
-A question is a chain of moves through the world (photo -> country -> leader -> age). Each move is one fact, each fact lies in exactly one of
-the three knowledge bases, so every question has a known best route. The names of the three splits come from disjoint parts of the name
-space: whoever answers a test question has read it in the evidence and cannot have remembered it.
+A question is a chain of moves through the world (photo -> country -> leader -> age). Each move is one fact, each fact
+lies in exactly one of the three knowledge bases, so every question has a known best route. The names of the three
+splits come from disjoint parts of the name space: whoever answers a test question has read it in the evidence and
+cannot have remembered it.
 
-This file knows the world and nothing of models: it imports none of the other files and none imports it. They meet through files on disk.
-Everything particular to the world is data written here (fresh names, practice tasks, the tokenizer's words); train.py stays generic.
+This file knows the world and nothing of models: it imports none of the other files and none imports it. They meet
+through files on disk. Everything particular to the world is data written here (fresh names, practice tasks, the
+tokenizer's words); train.py stays generic.
 """
 import argparse
 import json
@@ -17,17 +20,20 @@ import random
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-# ------------------------------------------------------------------------------------------------------------------------- names
-# A name is two syllables, Bak + dol. Each syllable is one token, so copying an unseen name is copying two tokens in order.
+# ---------------------------------------------------------------------------------------------------------------- names
+# A name is two syllables, Bak + dol. Each syllable is one token, so copying an unseen name is copying two tokens in
+# order.
 _syllables = [a + v + b for a in "bdfgklmnprstvz" for v in "aeiou" for b in "klmnrst"]
 random.Random(77).shuffle(_syllables)
 FIRST, SECOND = [s.capitalize() for s in _syllables[:120]], _syllables[120:240]
-SHARES = {"train": range(0, 6), "val": range(6, 8), "test": range(8, 10)}     # name (i, j) belongs to the split that holds (i + j) mod 10
+# name (i, j) belongs to the split that holds (i + j) mod 10
+SHARES = {"train": range(0, 6), "val": range(6, 8), "test": range(8, 10)}
 
 
 def name_space(split):
@@ -35,24 +41,46 @@ def name_space(split):
     return [a + b for i, a in enumerate(FIRST) for j, b in enumerate(SECOND) if (i + j) % 10 in SHARES[split]]
 
 
-# ------------------------------------------------------------------------------------------------------------------------- moves
-# move: (from, to, base, question about {}, noun phrase that stands for the result, the fact as its passage states it, what is needed)
+# ---------------------------------------------------------------------------------------------------------------- moves
+class Move(NamedTuple):
+    """One fact that leads from an entity to a value: how it is asked for, and how its passage states it."""
+    source: str               # type of the entity: photo, country, person, cup
+    target: str               # type of the value: one of these, a name, a number
+    base: str                 # the knowledge base that holds the fact
+    ask: str                  # the question about {}
+    stands_for: str | None    # the noun phrase for the value in a longer question, where there is one
+    fact: str                 # the fact as its passage states it, {0} entity, {1} value
+    need: str                 # what the thought of a routing step calls it
+
+
 MOVES = {
-    "flag":       ("photo", "country", "image", "Which country has this flag?", "the country with this flag", "flag of {1}", "country"),
-    "capital":    ("country", "name", "text", "What is the capital of {}?", None, "{0} has capital {1}", "capital"),
-    "language":   ("country", "name", "text", "What is the language of {}?", None, "{0} has language {1}", "language"),
-    "leader":     ("country", "person", "text", "Who is the leader of {}?", "the leader of {}", "{0} has leader {1}", "leader"),
-    "birthplace": ("person", "country", "text", "Where was {} born?", "the country where {} was born", "{0} was born in {1}", "birthplace"),
-    "population": ("country", "number", "table", "What is the population of {}?", None, "{0} population[sep] {1}", "population"),
-    "area":       ("country", "number", "table", "What is the area of {}?", None, "{0} area[sep] {1}", "area"),
-    "currency":   ("country", "name", "table", "What is the currency of {}?", None, "{0} currency[sep] {1}", "currency"),
-    "age":        ("person", "number", "table", "What is the age of {}?", None, "{0} age[sep] {1}", "age"),
-    "height":     ("person", "number", "table", "What is the height of {}?", None, "{0} height[sep] {1}", "height"),
-    "winner":     ("cup", "country", "table", "Which country won the {} cup?", "the country that won the {} cup", "{0} cup winner[sep] {1}", "winner"),
-    "year":       ("cup", "number", "table", "When was the {} cup?", None, "{0} cup year[sep] {1}", "year"),
+    "flag":       Move("photo", "country", "image", "Which country has this flag?",
+                        "the country with this flag", "flag of {1}", "country"),
+    "capital":    Move("country", "name", "text", "What is the capital of {}?",
+                        None, "{0} has capital {1}", "capital"),
+    "language":   Move("country", "name", "text", "What is the language of {}?",
+                        None, "{0} has language {1}", "language"),
+    "leader":     Move("country", "person", "text", "Who is the leader of {}?",
+                        "the leader of {}", "{0} has leader {1}", "leader"),
+    "birthplace": Move("person", "country", "text", "Where was {} born?",
+                        "the country where {} was born", "{0} was born in {1}", "birthplace"),
+    "population": Move("country", "number", "table", "What is the population of {}?",
+                        None, "{0} population[sep] {1}", "population"),
+    "area":       Move("country", "number", "table", "What is the area of {}?",
+                        None, "{0} area[sep] {1}", "area"),
+    "currency":   Move("country", "name", "table", "What is the currency of {}?",
+                        None, "{0} currency[sep] {1}", "currency"),
+    "age":        Move("person", "number", "table", "What is the age of {}?",
+                        None, "{0} age[sep] {1}", "age"),
+    "height":     Move("person", "number", "table", "What is the height of {}?",
+                        None, "{0} height[sep] {1}", "height"),
+    "winner":     Move("cup", "country", "table", "Which country won the {} cup?",
+                        "the country that won the {} cup", "{0} cup winner[sep] {1}", "winner"),
+    "year":       Move("cup", "number", "table", "When was the {} cup?",
+                        None, "{0} cup year[sep] {1}", "year"),
 }
 IN_TEXT, IN_TABLE, OF_PERSON = ("capital", "language"), ("population", "area", "currency"), ("age", "height")
-# kind of question -> the chains of moves it is drawn from; a kind is named after the bases its hops need
+# kind of question -> the chains of moves it is drawn from; kinds of two and more hops are named after their bases
 ONE_AND_TWO_HOPS = {
     "text": [(m,) for m in (*IN_TEXT, "leader")],
     "birth": [("birthplace",)],
@@ -73,7 +101,8 @@ THREE_HOPS = {
     "image-text-text": [("flag", "leader", "birthplace")],
     "table-text-table": [("winner", "leader", m) for m in OF_PERSON],
     "table-text-text": [("winner", "leader", "birthplace")],
-    "text-text-table": [("birthplace", "leader", m) for m in OF_PERSON] + [("leader", "birthplace", m) for m in IN_TABLE],
+    "text-text-table": [("birthplace", "leader", m) for m in OF_PERSON]
+                       + [("leader", "birthplace", m) for m in IN_TABLE],
     "text-text-text": [("leader", "birthplace", m) for m in IN_TEXT] + [("birthplace", "leader", "birthplace")],
 }
 FOUR_HOPS = {
@@ -86,9 +115,9 @@ KINDS = {**ONE_AND_TWO_HOPS, **THREE_HOPS, **FOUR_HOPS}
 RETRIEVERS = {"text": "text retriever", "image": "text image retriever", "table": "table retriever"}
 PREFIXES = {"text": "ter", "image": "tir", "table": "tar"}
 
-# ------------------------------------------------------------------------------------------------------------------------- flags
-COLOURS = {"red": (220, 30, 30), "blue": (30, 60, 220), "green": (20, 160, 60), "yellow": (245, 220, 40), "white": (250, 250, 250),
-           "black": (15, 15, 15), "orange": (250, 140, 20), "purple": (140, 40, 170)}
+# ---------------------------------------------------------------------------------------------------------------- flags
+COLOURS = {"red": (220, 30, 30), "blue": (30, 60, 220), "green": (20, 160, 60), "yellow": (245, 220, 40),
+           "white": (250, 250, 250), "black": (15, 15, 15), "orange": (250, 140, 20), "purple": (140, 40, 170)}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 SIDE = 64                                                      # pixels of a picture's side
 
@@ -121,7 +150,8 @@ def draw_flag(flag, shift=(0, 0), scale=1.0):
 def polygon(shape, x, y, r):
     """Corners of an emblem around (x, y)."""
     if shape == "square":
-        return [(x - r * 0.85, y - r * 0.85), (x + r * 0.85, y - r * 0.85), (x + r * 0.85, y + r * 0.85), (x - r * 0.85, y + r * 0.85)]
+        s = r * 0.85
+        return [(x - s, y - s), (x + s, y - s), (x + s, y + s), (x - s, y + s)]
     if shape == "triangle":
         return [(x, y - r), (x - r, y + r), (x + r, y + r)]
     if shape == "diamond":
@@ -150,18 +180,19 @@ def look_question(flag, rng):
                        (f"What colour is the {edge} stripe?", flag["stripes"][0])])
 
 
-# ------------------------------------------------------------------------------------------------------------------------- world
+# ---------------------------------------------------------------------------------------------------------------- world
 
 
 class World:
-    """Facts of one world: facts[move][entity] = value, entities by type, flags by country, and the corpora made of them."""
+    """Facts of one world: facts[move][entity] = value, entities by type, flags by country, and their corpora."""
 
     def __init__(self, split, seed, countries):
         self.rng = rng = random.Random(f"{split} world {seed}")
         self.names = name_space(split)
         self.known = set(self.names)
         if 6 * countries > len(self.names):
-            raise ValueError(f"--countries {countries}: six names each are needed, the {split} split holds {len(self.names)}; take at most {len(self.names) // 6}")
+            raise ValueError(f"--countries {countries}: six names each are needed, the {split} split holds "
+                             f"{len(self.names)}; take at most {len(self.names) // 6}")
         pool = iter(rng.sample(self.names, 6 * countries))
         draw = lambda: [next(pool) for _ in range(countries)]
         C, P, K = self.countries, self.people, self.cups = draw(), draw(), draw()
@@ -169,9 +200,12 @@ class World:
         number = lambda low, high: [str(rng.randint(low, high)) for _ in range(countries)]
         self.facts = {
             "capital": dict(zip(C, draw())), "language": dict(zip(C, draw())), "leader": dict(zip(C, shuffled(P))),
-            "birthplace": dict(zip(P, shuffled(C))), "winner": dict(zip(K, shuffled(C))), "year": dict(zip(K, number(10, 99))),
-            "population": dict(zip(C, number(10, 49))), "area": dict(zip(C, number(50, 99))), "currency": dict(zip(C, draw())),
-            "age": dict(zip(P, number(10, 49))), "height": dict(zip(P, number(50, 99))), "flag": {c: c for c in C},
+            "birthplace": dict(zip(P, shuffled(C))),
+            "winner": dict(zip(K, shuffled(C))), "year": dict(zip(K, number(10, 99))),
+            "population": dict(zip(C, number(10, 49))), "area": dict(zip(C, number(50, 99))),
+            "currency": dict(zip(C, draw())),
+            "age": dict(zip(P, number(10, 49))), "height": dict(zip(P, number(50, 99))),
+            "flag": {c: c for c in C},
         }
         self.flags = {c: random_flag(rng) for c in C}
         self.corpora = {base: self.corpus(base) for base in RETRIEVERS}
@@ -182,30 +216,38 @@ class World:
                     self.mentions[base].setdefault(name, []).append(doc["text"])
 
     def corpus(self, base):
-        """Documents of a base: a fact a passage in the text base, the facts of an entity as rows of a table, a flag with its caption."""
-        fact = lambda move, entity: MOVES[move][5].format(entity, self.facts[move][entity])
+        """Documents of a base: in the text base a fact a passage, in the table base the facts of an entity as the rows
+        of a table, in the image base a flag with its caption."""
+        fact = lambda move, entity: MOVES[move].fact.format(entity, self.facts[move][entity])
         if base == "image":
-            return [{"id": f"image-{i}", "text": fact("flag", c) + ".", "image": f"flags/{i}.png"} for i, c in enumerate(self.countries)]
+            return [{"id": f"image-{i}", "text": fact("flag", c) + ".", "image": f"flags/{i}.png"}
+                    for i, c in enumerate(self.countries)]
         if base == "text":
-            texts = [fact(m, c) + "." for c in self.countries for m in (*IN_TEXT, "leader")] + [fact("birthplace", p) + "." for p in self.people]
+            texts = [fact(m, c) + "." for c in self.countries for m in (*IN_TEXT, "leader")]
+            texts += [fact("birthplace", p) + "." for p in self.people]
         else:
-            table = lambda title, entity, moves: f"[Title] {title}[Header] fact[sep] value[Rows]" + "".join(f"[Row] {fact(m, entity)}" for m in moves)
-            texts = [table("country", c, IN_TABLE) for c in self.countries] + [table("person", p, OF_PERSON) for p in self.people]
+            table = lambda title, entity, moves: (f"[Title] {title}[Header] fact[sep] value[Rows]"
+                                                  + "".join(f"[Row] {fact(m, entity)}" for m in moves))
+            texts = [table("country", c, IN_TABLE) for c in self.countries]
+            texts += [table("person", p, OF_PERSON) for p in self.people]
             texts += [table("cup", k, ("winner", "year")) for k in self.cups]
         return [{"id": f"{base}-{i}", "text": t} for i, t in enumerate(texts)]
 
     def evidence(self, base, query, rng, k=2, photo=None):
-        """What a search would bring, for prompts to train on: passages that share the query's names first, most shared words on top.
+        """What a search would bring, for prompts to train on: passages that share the query's names first, most shared
+        words on top.
 
-        The real search is in retrieve.py; this stand-in only has to give prompts of the same look, so ties are broken at random.
+        The real search is in retrieve.py; this stand-in only has to give prompts of the same look, so ties are broken
+        at random.
         """
         if base == "image" and photo is not None:
-            found = [MOVES["flag"][5].format("", photo) + "."]
+            found = [MOVES["flag"].fact.format("", photo) + "."]
         else:
             names = re.findall(r"[A-Z][a-z]{5}", query)
             words = lambda text: set(re.findall(r"\w+", text))
             found = {d for n in names for d in self.mentions[base].get(n, ())}
-            score = {d: sum(3 if w in names else 1 for w in words(query) & words(d)) + rng.random() for d in sorted(found)}
+            score = {d: sum(3 if w in names else 1 for w in words(query) & words(d)) + rng.random()
+                     for d in sorted(found)}
             found = sorted(score, key=score.get, reverse=True)[:k]
         while len(found) < k:
             found.append(rng.choice(self.corpora[base])["text"])
@@ -214,7 +256,8 @@ class World:
         return [f"{PREFIXES[base]}-{i}: {text}" for i, text in enumerate(found)]
 
     def question(self, kind, rng):
-        """Draw a question of a kind: {question, answer, kind, hops, photo: country or None, thought: of the final answer}."""
+        """Draw a question of a kind: {question, answer, kind, hops, photo, thought}. photo: a country or None; thought:
+        that of the final answer."""
         if kind == "compare":
             a, b = rng.sample(self.countries, 2)
             while self.facts["population"][a] == self.facts["population"][b]:
@@ -223,56 +266,71 @@ class World:
         if kind == "look":
             country = rng.choice(self.countries)
             question, answer = look_question(self.flags[country], rng)
-            return {"question": question, "answer": answer, "kind": kind, "hops": [], "photo": country, "thought": describe(self.flags[country])}
+            return {"question": question, "answer": answer, "kind": kind, "hops": [], "photo": country,
+                    "thought": describe(self.flags[country])}
         chain = rng.choice(KINDS[kind])
-        entity = rng.choice({"photo": self.countries, "country": self.countries, "person": self.people, "cup": self.cups}[MOVES[chain[0]][0]])
+        entities = {"photo": self.countries, "country": self.countries, "person": self.people, "cup": self.cups}
+        entity = rng.choice(entities[MOVES[chain[0]].source])
         photo = entity if chain[0] == "flag" else None
         phrase, hops = entity, []
-        for move in chain:
-            _, _, base, ask, stands_for, fact, need = MOVES[move]
-            value = self.facts[move][entity]
-            hops.append({"query": ask.format(entity), "base": base, "answer": value, "need": need, "quote": fact.format(entity, value)})
-            question, phrase = ask.format(phrase), (stands_for or "").format(phrase)
+        for name in chain:
+            move, value = MOVES[name], self.facts[name][entity]
+            hops.append(make_hop(move, entity, value))
+            question, phrase = move.ask.format(phrase), (move.stands_for or "").format(phrase)
             entity = value
-        return {"question": question, "answer": value, "kind": kind, "hops": hops, "photo": photo, "thought": "final answer"}
+        return {"question": question, "answer": value, "kind": kind, "hops": hops, "photo": photo,
+                "thought": "final answer"}
+
+
+def make_hop(move, entity, value):
+    """One look-up: its sub-question, base and answer, what it is called, and the fact that its evidence states."""
+    return {"query": move.ask.format(entity), "base": move.base, "answer": value, "need": move.need,
+            "quote": move.fact.format(entity, value)}
 
 
 def compare_question(a, b, people_a, people_b):
-    """Which of two countries has more people? The final thought lays the numbers side by side before it names the winner."""
-    _, _, base, ask, _, fact, need = MOVES["population"]
-    hops = [{"query": ask.format(c), "base": base, "answer": n, "need": need, "quote": fact.format(c, n)} for c, n in ((a, people_a), (b, people_b))]
+    """Which of two countries has more people? The final thought lays the numbers side by side before it names the
+    winner."""
+    hops = [make_hop(MOVES["population"], a, people_a), make_hop(MOVES["population"], b, people_b)]
     more, winner = max((people_a, a), (people_b, b), key=lambda x: int(x[0]))
-    return {"question": f"Which country has more people, {a} or {b}?", "answer": winner, "kind": "compare", "hops": hops, "photo": None,
-            "thought": f"{people_a} {a} {people_b} {b} more {more} {winner}"}
+    return {"question": f"Which country has more people, {a} or {b}?", "answer": winner, "kind": "compare",
+            "hops": hops, "photo": None, "thought": f"{people_a} {a} {people_b} {b} more {more} {winner}"}
 
 
-# --------------------------------------------------------------------------------------------------------------------- step files
-# The problem strings are the published ones (FORMATS: Step-GRPO files); the system prompts are a word each, since a tiny model pays for
-# every token. infer.py renders the same strings; a test compares the two.
-INTRO = ("According to the related information searched, `ter` means this info is from text retriever, `tir` means this info is from "
-         "text image retriever, `tar` means this info is from table retriever:")
+# ----------------------------------------------------------------------------------------------------------- step files
+# The problem strings are the published ones of Step-GRPO files; the system prompts are a word each, since a
+# tiny model pays for every token. infer.py renders the same strings; a test compares the two.
+INTRO = ("According to the related information searched, `ter` means this info is from text retriever, "
+         "`tir` means this info is from text image retriever, `tar` means this info is from table retriever:")
 ASK = "\n\n\n Give me the answer(with the format <answer></answer>) to the Question: "
 FINISH = "Now, give me the final answer of the origin question: "
 
 
 def ret_step(q, history, query, retriever, thought):
+    """A routing step: the question and what is known so far -> a sub-question and its retriever."""
     image = "<image>" if q["photo"] is not None else ""
-    return {"step_type": "ret", "problem": f"Origin question: {q['question']}\n{pairs(history)}{image}", "system": "plan",
+    problem = f"Origin question: {q['question']}\n{pairs(history)}{image}"
+    return {"step_type": "ret", "problem": problem, "system": "plan",
             "answer": {"query": query, "retriever": [retriever]}, "thought": thought}
 
 
 def ans_step(question, evidence, answer, thought, photo, system="read"):
+    """An answering step: evidence lines and a sub-question -> its answer."""
     image = "<image>" if photo is not None else ""
-    return {"step_type": "ans", "problem": INTRO + "\n".join(evidence) + ASK + question + image, "system": system, "answer": answer, "thought": thought}
+    problem = INTRO + "\n".join(evidence) + ASK + question + image
+    return {"step_type": "ans", "problem": problem, "system": system, "answer": answer, "thought": thought}
 
 
 def final_step(q, history):
+    """The last step: the question and all that is known -> the final answer, as a list of accepted ones."""
     image = "<image>" if q["photo"] is not None else ""
-    return {"step_type": "ans", "problem": f"Origin question: {q['question']}\n{pairs(history)}{FINISH}{q['question']}{image}", "system": "answer",
-            "answer": [q["answer"]], "thought": q["thought"]}
+    problem = f"Origin question: {q['question']}\n{pairs(history)}{FINISH}{q['question']}{image}"
+    return {"step_type": "ans", "problem": problem, "system": "answer", "answer": [q["answer"]],
+            "thought": q["thought"]}
 
 
 def pairs(history):
+    """The history as a prompt lists it."""
     return "".join(f"Sub-question{i}: {query}\nAnswer{i}: {answer}\n" for i, (query, answer) in enumerate(history, 1))
 
 
@@ -280,17 +338,21 @@ def gold_steps(world, q, rng):
     """The steps of a question as they should be: ask, read, ask, read, ..., nothing more is needed, answer."""
     steps, history = [], []
     for hop in q["hops"]:
+        evidence = world.evidence(hop["base"], hop["query"], rng, photo=q["photo"])
+        said = f"{hop['quote']} {hop['answer']}"
         steps.append(ret_step(q, history, hop["query"], RETRIEVERS[hop["base"]], "need " + hop["need"]))
-        steps.append(ans_step(hop["query"], world.evidence(hop["base"], hop["query"], rng, photo=q["photo"]), hop["answer"],
-                              f"{hop['quote']} {hop['answer']}", q["photo"]))
+        steps.append(ans_step(hop["query"], evidence, hop["answer"], said, q["photo"]))
         history.append((hop["query"], hop["answer"]))
     return steps + [ret_step(q, history, "none", "none", "enough"), final_step(q, history)]
 
 
 def weak_steps(world, q, rng):
-    """Deliberately poor demonstrations: bases at random, every second sub-question useless or an early stop; the answers stay right.
+    """Deliberately poor demonstrations: bases at random, every second sub-question useless or an early stop; the
+    answers stay right.
 
-    What is left to learn by reinforcement is exactly when, where and what to retrieve; reading is taught, or no reward has a signal.
+    What is left to learn by reinforcement is exactly when, where and what to retrieve; reading is taught, or no reward
+    has a signal. The useless half is one third too vague (the whole question), one third an early stop, one third some
+    hop of the question, whether it is its turn or not.
     """
     steps = gold_steps(world, q, rng)
     for step in steps:
@@ -312,7 +374,8 @@ def weak_steps(world, q, rng):
 
 
 def baseline_steps(world, q, rng):
-    """The same question for pipelines that do not route: from the weights alone, one base asked once, all three asked once."""
+    """The same question for pipelines that do not route: from the weights alone, one base asked once, all three asked
+    once."""
     ask = lambda base, k: world.evidence(base, q["question"], rng, k, q["photo"])
     thought = q["hops"][-1]["quote"] + " " + q["answer"] if len(q["hops"]) == 1 else q["thought"]
     mode = rng.choice(["direct", "static", "static", "text", "image", "table"])
@@ -323,16 +386,20 @@ def baseline_steps(world, q, rng):
 
 
 def copy_task(world, rng):
-    """Practice in reading: facts in one order, said again in another, then one value. Copying an unseen name is the hard part of reading."""
+    """Practice in reading: facts in one order, said again in another, then one value.
+
+    Copying an unseen name is the hard part of reading.
+    """
     moves = rng.choices([m for m in MOVES if m != "flag"], k=rng.randint(2, 5))
     facts = []
     for move in moves:
-        value = str(rng.randint(10, 99)) if MOVES[move][1] == "number" else rng.choice(world.names)
+        value = str(rng.randint(10, 99)) if MOVES[move].target == "number" else rng.choice(world.names)
         facts.append((move, rng.choice(world.names), value))
-    said = [MOVES[m][5].format(entity, value) for m, entity, value in facts]
-    evidence = [f"{PREFIXES[MOVES[m][2]]}-{i}: {text}." for i, ((m, _, _), text) in enumerate(zip(facts, said))]
+    said = [MOVES[m].fact.format(entity, value) for m, entity, value in facts]
+    evidence = [f"{PREFIXES[MOVES[m].base]}-{i}: {text}." for i, ((m, _, _), text) in enumerate(zip(facts, said))]
     move, entity, value = rng.choice(facts)
-    return [ans_step(MOVES[move][3].format(entity), evidence, value, " ".join(rng.sample(said, len(said))), None, system="copy")]
+    thought = " ".join(rng.sample(said, len(said)))
+    return [ans_step(MOVES[move].ask.format(entity), evidence, value, thought, None, system="copy")]
 
 
 def compare_task(world, rng):
@@ -355,12 +422,17 @@ def fresh_names(steps, world, rng):
             if candidate not in new.values():
                 new[name] = candidate
         return new[name]
-    rename = lambda x: re.sub(r"[A-Z][a-z]{5}", swap, x) if isinstance(x, str) else [rename(y) for y in x] if isinstance(x, list) else \
-        {k: rename(y) for k, y in x.items()} if isinstance(x, dict) else x
+
+    def rename(x):
+        if isinstance(x, str):
+            return re.sub(r"[A-Z][a-z]{5}", swap, x)
+        if isinstance(x, list):
+            return [rename(y) for y in x]
+        return {k: rename(y) for k, y in x.items()} if isinstance(x, dict) else x
     return [{k: rename(v) if k != "system" else v for k, v in s.items()} for s in steps]
 
 
-# ------------------------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 def write_lines(path, rows):
@@ -387,7 +459,10 @@ class Photos:
 
 
 def write_world(out, split, seed, questions, countries, kinds):
-    """Write one world: corpora, pictures, questions.jsonl and steps.jsonl. Returns the world and its questions with their photos."""
+    """Write one world: corpora, pictures, questions.jsonl and steps.jsonl.
+
+    Returns the world and its questions with their photos.
+    """
     world = World(split, seed, countries)
     (out / "flags").mkdir(parents=True, exist_ok=True)
     for i, c in enumerate(world.countries):
@@ -400,22 +475,27 @@ def write_world(out, split, seed, questions, countries, kinds):
         rows.append((q, photos.of(q["photo"], rng) if q["photo"] else None))
     rng.shuffle(rows)
     write_lines(out / "questions.jsonl", (
-        {"id": f"{split}-{seed}-{i}", "question": q["question"], "answer": [q["answer"]], "image": image, "kind": q["kind"],
+        {"id": f"{split}-{seed}-{i}", "question": q["question"], "answer": [q["answer"]], "image": image,
+         "kind": q["kind"],
          "hops": [{"query": h["query"], "retriever": RETRIEVERS[h["base"]], "answer": h["answer"]} for h in q["hops"]]}
         for i, (q, image) in enumerate(rows)))
-    write_lines(out / "steps.jsonl", ({"images": [image] if image else [], "steps": gold_steps(world, q, rng)} for q, image in rows))
+    write_lines(out / "steps.jsonl", (
+        {"images": [image] if image else [], "steps": gold_steps(world, q, rng)} for q, image in rows))
     return world, rows
 
 
 def write_practice(out, world, rows, seed, amount):
-    """Write what a tiny model is trained on beside steps.jsonl: the same steps and weak ones with fresh names, and practice tasks."""
+    """Write what a tiny model is trained on beside steps.jsonl: the same steps and weak ones with fresh names, and
+    practice tasks."""
     rng = random.Random(f"practice {seed}")
     (out / "practice").mkdir(exist_ok=True)
 
     def renamed(make):
         for q, image in rows:
             steps = make(world, q, rng)
-            yield {"images": [image] if image else [], "steps": fresh_names(steps, world, rng) if rng.random() < 0.9 else steps}
+            if rng.random() < 0.9:
+                steps = fresh_names(steps, world, rng)
+            yield {"images": [image] if image else [], "steps": steps}
 
     def descriptions():
         for i in range(amount):
@@ -432,30 +512,38 @@ def write_practice(out, world, rows, seed, amount):
     write_lines(out / "compare.jsonl", ({"images": [], "steps": compare_task(world, rng)} for _ in range(amount)))
 
 
-# -------------------------------------------------------------------------------------------------------- the tiny model's empty shell
-CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+# ----------------------------------------------------------------------------------------- the tiny model's empty shell
+CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>",
+           "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 TAGS = tuple(f"<{slash}{tag}>" for tag in ("think", "sub-question", "ret", "answer") for slash in ("", "/"))
 
 
 def build_tokenizer():
-    """A byte-level BPE in which every syllable, number and word of the world is one token, and so is every constant phrase of a prompt.
+    """A byte-level BPE in which every syllable, number and word of the world is one token, and so is every constant
+    phrase of a prompt.
 
-    It is made from the world's vocabulary, not from a sample of text, so it is the same whatever was sampled. Other text falls to bytes.
+    It is made from the world's vocabulary, not from a sample of text, so it is the same whatever was sampled. Other
+    text falls to bytes.
     """
-    split = Regex(r" ?[A-Z][a-z]{2}(?=[a-z]{3}(?![a-z]))|(?<=[A-Z][a-z]{2})[a-z]{3}(?![a-z])| ?\d{1,2}| ?[A-Za-z]+| ?[^A-Za-z\d\s]+|\s+")
+    split = Regex(r" ?[A-Z][a-z]{2}(?=[a-z]{3}(?![a-z]))|(?<=[A-Z][a-z]{2})[a-z]{3}(?![a-z])"
+                  r"| ?\d{1,2}| ?[A-Za-z]+| ?[^A-Za-z\d\s]+|\s+")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, "isolated"),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(split, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    sentences = [" ".join(filter(None, m[3:])) for m in MOVES.values()] + ["Which country has more people, or more"]
-    sentences += ["need fact enough final answer", "Text Retriever Text Image Retriever Table Retriever None", " ".join((*COLOURS, *SHAPES)),
-                  "What colour shape is the emblem? What colour is the top left stripe?", "flag system user assistant plan read answer copy"]
+    sentences = [" ".join(filter(None, (m.ask, m.stands_for, m.fact, m.need))) for m in MOVES.values()] + ["Which country has more people, or more"]
+    sentences += ["need fact enough final answer", "Text Retriever Text Image Retriever Table Retriever None",
+                  " ".join((*COLOURS, *SHAPES)),
+                  "What colour shape is the emblem? What colour is the top left stripe?",
+                  "flag system user assistant plan read answer copy"]
     words = sorted({w for s in sentences for w in re.findall(r"[A-Za-z]+", s)})
-    vocabulary = [" " + s for s in FIRST] + SECOND + [f" {n}" for n in range(10, 100)] + [" " + w for w in words] + ["system", "user", "assistant"]
-    trainer = trainers.BpeTrainer(vocab_size=100_000, min_frequency=1, special_tokens=list(CONTROL), show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = [" " + s for s in FIRST] + SECOND + [f" {n}" for n in range(10, 100)] + [" " + w for w in words]
+    vocabulary += ["system", "user", "assistant"]
+    trainer = trainers.BpeTrainer(vocab_size=100_000, min_frequency=1, special_tokens=list(CONTROL),
+                                  show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     # a syllable is trained inside a name, so that the split above cuts it out as it will in a text
-    tokenizer.train_from_iterator([w + SECOND[0] if w[1:] in FIRST else FIRST[0] + w if w in SECOND else w for w in vocabulary], trainer)
+    inside = lambda w: w + SECOND[0] if w[1:] in FIRST else FIRST[0] + w if w in SECOND else w
+    tokenizer.train_from_iterator([inside(w) for w in vocabulary], trainer)
     phrases = [INTRO, ASK.rstrip(), FINISH.rstrip(), "Origin question:", "[sep]", "[Row]"]
     phrases += [f"[Title] {t}[Header] fact[sep] value[Rows]" for t in ("country", "person", "cup")]
     phrases += [f"{prefix}-{i}:" for prefix in PREFIXES.values() for i in range(5)]
@@ -468,40 +556,56 @@ def write_shell(out, hidden, layers, heads, kv_heads, inner):
     """Write a model directory without weights: config, tokenizer, picture settings. train.py fills it."""
     tokenizer = build_tokenizer()
     ids = {t: tokenizer.token_to_id(t) for t in CONTROL}
-    pairs = hidden // heads // 2
-    time = pairs // 4
+    turns = hidden // heads // 2                               # rotary pairs of a head: a quarter for time, the rest for
+    time, height = turns // 4, (turns - turns // 4) // 2       # height and width
     config = {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "vocab_size": tokenizer.get_vocab_size(),
-        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-        "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": 10000.0, "tie_word_embeddings": True,
-        "rope_scaling": {"type": "mrope", "mrope_section": [time, (pairs - time) // 2, pairs - time - (pairs - time) // 2]},
-        "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids["<|video_pad|>"], "vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"],
-        "vision_config": {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "in_channels": 3, "out_hidden_size": hidden, "patch_size": 8,
-                          "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 32, "fullatt_block_indexes": [1], "hidden_act": "silu"},
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
+        "vocab_size": tokenizer.get_vocab_size(), "hidden_size": hidden, "intermediate_size": inner,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048,
+        "rope_theta": 10000.0, "tie_word_embeddings": True,
+        "rope_scaling": {"type": "mrope",
+                         "mrope_section": [time, height, turns - time - height]},
+        "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
+        "image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"],
+        "vision_config": {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "in_channels": 3,
+                          "out_hidden_size": hidden, "patch_size": 8, "temporal_patch_size": 2,
+                          "spatial_merge_size": 2, "window_size": 32, "fullatt_block_indexes": [1],
+                          "hidden_act": "silu"},
     }
-    pictures = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 8, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 16 * 16,
-                "max_pixels": 4 * SIDE * SIDE, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    pictures = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 8, "temporal_patch_size": 2,
+                "merge_size": 2, "min_pixels": 16 * 16, "max_pixels": 4 * SIDE * SIDE,
+                "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
     files = {"config.json": config, "preprocessor_config.json": pictures,
-             "generation_config.json": {"eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]], "pad_token_id": ids["<|endoftext|>"]},
-             "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}}
+             "generation_config.json": {"eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
+                                        "pad_token_id": ids["<|endoftext|>"]},
+             "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast",
+                                       "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}}
     for name, value in files.items():
         (out / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def main():
-    p = argparse.ArgumentParser(description="Write one embedded world: three corpora, pictures, questions and training steps.")
+    p = argparse.ArgumentParser(
+        description="Write one embedded world: three corpora, pictures, questions and training steps.")
     p.add_argument("--split", choices=list(SHARES), default="test", help="which part of the name space (default test)")
     p.add_argument("--seed", type=int, default=0, help="another seed, another world (default 0)")
     p.add_argument("--questions", type=int, default=500, help="number of questions, the kinds in turn (default 500)")
-    p.add_argument("--countries", type=int, help="countries, as many people and cups (default 1200 for train, 300 otherwise)")
-    p.add_argument("--hops", type=int, choices=(2, 3, 4), default=2, help="2: the standard mix of none to two hops (default); 3 or 4: only questions of that depth")
-    p.add_argument("--kinds", nargs="+", metavar="KIND", help=f"only these kinds of question: {', '.join(KINDS)}")
-    p.add_argument("--practice", type=int, metavar="N", help="also write what a tiny model trains on: fresh names, weak demonstrations, N of each practice task")
-    p.add_argument("--shell", type=Path, metavar="DIR", help="write the tiny model's directory without weights there (and no world unless --out is given)")
-    p.add_argument("--shape", type=int, nargs=5, default=(128, 4, 4, 2, 320), metavar="N", help="of --shell: hidden size, layers, heads, key/value heads, feed-forward")
+    p.add_argument("--countries", type=int,
+                   help="countries, as many people and cups (default 1200 for train, 300 otherwise)")
+    p.add_argument("--hops", type=int, choices=(2, 3, 4), default=2,
+                   help="2: the standard mix of none to two hops (default); 3 or 4: only questions of that depth")
+    p.add_argument("--kinds", nargs="+", metavar="KIND", help=f"only these kinds of question, whatever --hops says: {', '.join(KINDS)}")
+    p.add_argument("--practice", type=int, metavar="N",
+                   help="also write what a tiny model trains on: fresh names, weak demonstrations, "
+                        "N of each practice task")
+    p.add_argument("--shell", type=Path, metavar="DIR",
+                   help="write the tiny model's directory without weights there (and no world unless --out is given)")
+    p.add_argument("--shape", type=int, nargs=5, default=(128, 4, 4, 2, 320), metavar="N",
+                   help="of --shell: hidden size, layers, heads, key/value heads, feed-forward")
     p.add_argument("--out", type=Path, help="directory of the world (default data/world, unless --shell is given)")
     a = p.parse_args()
     try:
@@ -513,14 +617,20 @@ def main():
             if unknown := [k for k in kinds if k not in KINDS]:
                 raise ValueError(f"--kinds: {', '.join(unknown)} unknown; there are {', '.join(KINDS)}")
             if a.questions < 1 or (a.countries or 2) < 2:
-                raise ValueError(f"--questions {a.questions} and --countries {a.countries}: at least 1 question and 2 countries are needed")
-            world, rows = write_world(out, a.split, a.seed, a.questions, a.countries or (1200 if a.split == "train" else 300), kinds)
+                raise ValueError(f"--questions {a.questions} and --countries {a.countries}: at least 1 question and "
+                                 "2 countries are needed")
+            countries = a.countries or (1200 if a.split == "train" else 300)
+            world, rows = write_world(out, a.split, a.seed, a.questions, countries, kinds)
             if a.practice:
                 write_practice(out, world, rows, a.seed, a.practice)
-            print(f"{out}: {len(world.countries)} countries, {', '.join(f'{len(d)} {b} passages' for b, d in world.corpora.items())}, {len(rows)} questions "
+            passages = ", ".join(f"{len(d)} {b} passages" for b, d in world.corpora.items())
+            print(f"{out}: {len(world.countries)} countries, {passages}, {len(rows)} questions "
                   f"needing {sum(len(q['hops']) for q, _ in rows) / len(rows):.2f} retrievals each")
-    except (ValueError, OSError) as e:
-        sys.exit(f"world.py: {e}") if isinstance(e, OSError) else (print(f"world.py: {e}", file=sys.stderr), sys.exit(2))
+    except OSError as e:
+        sys.exit(f"world.py: {e}")
+    except ValueError as e:
+        print(f"world.py: {e}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

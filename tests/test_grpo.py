@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from grpo import (Reward, RewardOptions, answer_reward, group_advantages, grpo_loss, read_route, similarity_table, step_reward)
+from grpo import (Reward, RewardOptions, answer_reward, group_advantages, grpo_loss, read_route, similarity_table,
+                  step_reward)
 
 RET = {"step_type": "ret", "answer": {"query": "what city is this?", "retriever": ["text image retriever"]}}
 STOP = {"step_type": "ret", "answer": {"query": "none", "retriever": ["none"]}}
@@ -22,26 +23,28 @@ def alike(query, gold):
     return 1.0 if query == gold else 0.4
 
 
-# ------------------------------------------------------------------------------------------------------------------------ rewards
+# -------------------------------------------------------------------------------------------------------------- rewards
 
 
 def test_answer_reward_equals_every_published_row(golden):
     rows = [json.loads(line) for line in open(golden / "answer_reward.jsonl")]
     assert len(rows) > 100
-    wrong = [r for r in rows if step_reward(r["output"], {"step_type": "ans", "answer": r["gold"]}, alike).total != pytest.approx(r["reward"], abs=1e-9)]
+    got = lambda r: step_reward(r["output"], {"step_type": "ans", "answer": r["gold"]}, alike).total
+    wrong = [r for r in rows if got(r) != pytest.approx(r["reward"], abs=1e-9)]
     assert not wrong, wrong[:3]
 
 
 @pytest.mark.parametrize("output, step, total, sim, base", [
-    (route("What city is this?", "Text Image Retriever"), RET, 1.0, 1.0, 1.0),      # 0.5 * 1 + 0.5 * 1: case does not matter
-    (route("Where is it?", "Text Image Retriever"), RET, 0.7, 0.4, 1.0),            # 0.5 * 0.4 + 0.5
-    (route("What city is this?", "Text Retriever"), RET, 0.5, 1.0, 0.0),            # the right words to the wrong base
-    (route("None", "None"), RET, 0.0, 0.0, 0.0),                                    # stops too early
+    (route("What city is this?", "Text Image Retriever"), RET, 1.0, 1.0, 1.0),  # 0.5 * 1 + 0.5 * 1, whatever the case
+    (route("Where is it?", "Text Image Retriever"), RET, 0.7, 0.4, 1.0),        # 0.5 * 0.4 + 0.5
+    (route("What city is this?", "Text Retriever"), RET, 0.5, 1.0, 0.0),        # the right words to the wrong base
+    (route("None", "None"), RET, 0.0, 0.0, 0.0),                                # stops too early
     (route("None", "None"), STOP, 1.0, 1.0, 1.0),
-    (route("None", "Text Retriever"), STOP, 1.0, 1.0, 1.0),                         # None in one place means None in both
+    (route("None", "Text Retriever"), STOP, 1.0, 1.0, 1.0),                     # None in one place means None in both
     (route("Where is it?", "None"), RET, 0.0, 0.0, 0.0),
-    (route("What city is this?", "Text Retriever"), STOP, 0.0, 0.0, 0.0),           # asks on when enough is known
-    ("<sub-question> what city is this?</sub-question><ret> text image retriever</ret>", RET, 0.0, 0.0, 0.0),    # no thought: malformed
+    (route("What city is this?", "Text Retriever"), STOP, 0.0, 0.0, 0.0),       # asks on when enough is known
+    # no thought: malformed
+    ("<sub-question> what city is this?</sub-question><ret> text image retriever</ret>", RET, 0.0, 0.0, 0.0),
     ("", RET, 0.0, 0.0, 0.0),
 ])
 def test_routing_reward_by_hand(output, step, total, sim, base):
@@ -50,8 +53,8 @@ def test_routing_reward_by_hand(output, step, total, sim, base):
 
 
 @pytest.mark.parametrize("output", [
-    "Text Image Retriever! " + route("what city is this?", "Text Image Retriever"),                 # text outside the tags
-    route("what city is this?", "Text Image Retriever") * 2,                                        # everything twice
+    "Text Image Retriever! " + route("what city is this?", "Text Image Retriever"),     # text outside the tags
+    route("what city is this?", "Text Image Retriever") * 2,                            # everything twice
     "<ret> Text Image Retriever</ret><think> a</think><sub-question> what city is this?</sub-question>",
 ])
 def test_hacks_that_the_published_rule_pays_and_the_strict_one_does_not(output):
@@ -61,20 +64,24 @@ def test_hacks_that_the_published_rule_pays_and_the_strict_one_does_not(output):
 
 def test_dumping_guesses_is_paid_by_recall_but_not_by_f1():
     output, step = "<think> a</think><answer> yes no</answer>", {"step_type": "ans", "answer": "no"}
-    total = {rule: step_reward(output, step, alike, RewardOptions(answer=rule)).total for rule in ("published", "recall", "f1", "exact")}
-    assert total == {"published": 1.0, "recall": 1.0, "f1": pytest.approx(2 / 3), "exact": 0.0}     # precision 1/2, recall 1
+    total = {rule: step_reward(output, step, alike, RewardOptions(answer=rule)).total
+             for rule in ("published", "recall", "f1", "exact")}
+    # precision 1/2, recall 1
+    assert total == {"published": 1.0, "recall": 1.0, "f1": pytest.approx(2 / 3), "exact": 0.0}
 
 
 def test_long_gold_is_paid_by_share():
-    gold = "the cat sat on the red mat"           # 7 words; tokens cat sat on the red mat ... "the" stays, only "an" and "the" go as articles
-    assert 0 < answer_reward("cat sat", gold) < 1
+    # 7 words; the articles "the" go, 5 tokens stay, 2 of them are found
+    gold = "the cat sat on the red mat"
+    assert answer_reward("cat sat", gold) == pytest.approx(2 / 5)
     assert answer_reward("cat sat", [gold, gold]) == 0.0
 
 
 def test_price_of_a_retrieval_is_taken_off_routing_steps_only():
     options = RewardOptions(price=0.2)
-    assert step_reward(route("what city is this?", "Text Image Retriever"), RET, alike, options).total == pytest.approx(0.8)
-    assert step_reward(route("None", "None"), STOP, alike, options).total == 1.0
+    asks, stops = route("what city is this?", "Text Image Retriever"), route("None", "None")
+    assert step_reward(asks, RET, alike, options).total == pytest.approx(0.8)
+    assert step_reward(stops, STOP, alike, options).total == 1.0
 
 
 def test_similarities_come_from_one_call_of_the_encoder():
@@ -99,11 +106,12 @@ def test_any_output_gets_a_reward_between_0_and_1(output):
     assert read_route(output) is None or len(read_route(output)) == 2
 
 
-# --------------------------------------------------------------------------------------------------------------------- advantages
+# ----------------------------------------------------------------------------------------------------------- advantages
 
 
 def test_advantages_by_hand():
-    # group 7: rewards 1, 0, 0.5 -> mean 0.5, std (n - 1) = 0.5 -> 1, -1, 0;  group 3: no variance -> 0;  group 9: alone -> 0
+    # group 7: rewards 1, 0, 0.5 -> mean 0.5, std (n - 1) = 0.5 -> 1, -1, 0
+    # group 3: no variance -> 0;  group 9: alone -> 0
     rewards, groups = torch.tensor([1.0, 0.3, 0.0, 0.8, 0.5, 0.3]), torch.tensor([7, 3, 7, 9, 7, 3])
     assert group_advantages(rewards, groups).tolist() == pytest.approx([1, 0, -1, 0, 0, 0], abs=1e-5)
     assert group_advantages(rewards, groups, scale=False).tolist() == pytest.approx([0.5, 0, -0.5, 0, 0, 0], abs=1e-6)
@@ -112,7 +120,8 @@ def test_advantages_by_hand():
 def test_a_lone_right_sample_of_eight():
     # mean 1/8, variance (n - 1) = (49/64 + 7/64) / 7 = 1/8 -> (7/8) / sqrt(1/8) = 2.4749
     a = group_advantages(torch.tensor([1.0] + [0.0] * 7), torch.zeros(8))
-    assert a[0].item() == pytest.approx(7 / 8 / math.sqrt(1 / 8), abs=1e-4) and a.sum().item() == pytest.approx(0, abs=1e-5)
+    assert a[0].item() == pytest.approx(7 / 8 / math.sqrt(1 / 8), abs=1e-4)
+    assert a.sum().item() == pytest.approx(0, abs=1e-5)
 
 
 @settings(max_examples=100, deadline=None)
@@ -128,7 +137,7 @@ def test_advantages_equal_a_loop_over_groups(pairs):
         assert got[i].item() == pytest.approx(expected, abs=1e-4)
 
 
-# --------------------------------------------------------------------------------------------------------------------------- loss
+# ----------------------------------------------------------------------------------------------------------------- loss
 
 
 def test_loss_by_hand():
@@ -139,7 +148,8 @@ def test_loss_by_hand():
     old, A, mask = torch.zeros(2, 2), torch.tensor([2.0, -1.0]), torch.tensor([[True, True], [True, False]])
     loss, metrics = grpo_loss(logp, old, A, mask)
     assert loss.item() == pytest.approx(-2.3 / 3, abs=1e-6)
-    assert metrics["clip_fraction"] == pytest.approx(2 / 3) and metrics["ratio_max"] == pytest.approx(1.5) and metrics["ratio_min"] == pytest.approx(0.5)
+    assert metrics["clip_fraction"] == pytest.approx(2 / 3)
+    assert metrics["ratio_max"] == pytest.approx(1.5) and metrics["ratio_min"] == pytest.approx(0.5)
     assert grpo_loss(logp, old, A, mask, level="sequence")[0].item() == pytest.approx(-(1.7 - 1.1) / 2, abs=1e-6)
     # clip_high 0.4: token 1 becomes 1.4 * 2 = 2.8
     assert grpo_loss(logp, old, A, mask, clip_high=0.4)[0].item() == pytest.approx(-(2.8 + 1.0 - 1.1) / 3, abs=1e-6)
@@ -174,7 +184,8 @@ def reference(logp, old, A, mask, ref, clip, high, kl, level):
 def test_value_and_gradient_equal_a_float64_reference(level, kl, high):
     g = torch.Generator().manual_seed(3)
     logp = (torch.randn(6, 9, generator=g, dtype=torch.float64) * 0.3).requires_grad_()
-    old, ref = logp.detach() + torch.randn(6, 9, generator=g) * 0.2, logp.detach() + torch.randn(6, 9, generator=g) * 0.2
+    old = logp.detach() + torch.randn(6, 9, generator=g) * 0.2
+    ref = logp.detach() + torch.randn(6, 9, generator=g) * 0.2
     A, mask = torch.randn(6, generator=g, dtype=torch.float64), torch.rand(6, 9, generator=g) < 0.6
     expected = reference(logp, old, A, mask, ref, 0.2, high, kl, level)
     wanted, = torch.autograd.grad(expected, logp)
@@ -196,7 +207,8 @@ def test_parts_of_a_batch_add_up_to_the_whole():
     logp, old = torch.randn(4, 5, generator=g) * 0.1, torch.randn(4, 5, generator=g) * 0.1
     A, mask = torch.randn(4, generator=g), torch.rand(4, 5, generator=g) < 0.7
     whole = grpo_loss(logp, old, A, mask)[0]
-    parts = [grpo_loss(logp[i:i + 2], old[i:i + 2], A[i:i + 2], mask[i:i + 2], normalizer=int(mask.sum()))[0] for i in (0, 2)]
+    parts = [grpo_loss(logp[i:i + 2], old[i:i + 2], A[i:i + 2], mask[i:i + 2], normalizer=int(mask.sum()))[0]
+             for i in (0, 2)]
     assert sum(parts).item() == pytest.approx(whole.item(), abs=1e-6)
 
 

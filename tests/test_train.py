@@ -1,4 +1,5 @@
-"""Training: the supervised loss against transformers, the Step-GRPO update against a plain one, exact resume, and what files may hold."""
+"""Training: the supervised loss against transformers, the Step-GRPO update against a plain one, exact resume, and what
+files may hold."""
 import inspect
 import json
 import os
@@ -19,15 +20,16 @@ from model import VLM, Processor
 
 
 def run(script, *words, **more):
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, words)], capture_output=True, text=True, **more)
+    command = [sys.executable, str(ROOT / script), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, **more)
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A small training world with practice files, and a random tiny model that knows its prompts."""
     out = tmp_path_factory.mktemp("train")
-    made = run("world.py", "--split", "train", "--countries", 40, "--questions", 39, "--practice", 8, "--out", out / "w", "--shell", out / "m",
-               "--shape", 32, 2, 2, 1, 48)
+    made = run("world.py", "--split", "train", "--countries", 40, "--questions", 39, "--practice", 8,
+               "--out", out / "w", "--shell", out / "m", "--shape", 32, 2, 2, 1, 48)
     assert made.returncode == 0, made.stderr
     (out / "m" / "prompts.json").write_text('{"route": "plan", "answer": "read", "final": "answer"}')
     return out
@@ -48,12 +50,13 @@ def weights(path):
 
 
 def log_of(path):
-    """Log rows without what the clock says."""
+    """Log rows of updates, without what the clock says."""
     rows = [json.loads(line) for line in open(path / "log.jsonl")]
-    return [{k: v for k, v in row.items() if not k.endswith("seconds") and not k.endswith("_s") and k != "validation"} for row in rows]
+    timed = lambda k: k.endswith(("seconds", "_s")) or k == "validation"
+    return [{k: v for k, v in row.items() if not timed(k)} for row in rows]
 
 
-# ------------------------------------------------------------------------------------------------------------------- step files
+# ----------------------------------------------------------------------------------------------------------- step files
 
 
 def test_published_step_file_is_read_whole(golden):
@@ -71,7 +74,8 @@ def test_published_step_file_is_read_whole(golden):
 
 
 def test_published_rows_are_counted_and_left_out_by_option(golden, tmp_path):
-    """Counted by hand over the raw file: a sub-question (other than none) that comes twice; pictures are not there at all."""
+    """Counted by hand over the raw file: a sub-question (other than none) that comes twice; pictures are not there at
+    all."""
     raw = [json.loads(line) for line in open(golden / "stepgrpo_steps.jsonl")]
     asked = [[s["answer"]["query"].strip().lower() for s in r["steps"] if s["step_type"] == "ret"] for r in raw]
     repeats = sum(len([q for q in a if q != "none"]) > len({q for q in a if q != "none"}) for a in asked)
@@ -85,8 +89,10 @@ def test_published_rows_are_counted_and_left_out_by_option(golden, tmp_path):
 
 @pytest.mark.parametrize("line, found", [
     ('{"steps": [', "line 2"),
-    ('{"images": [], "steps": [{"step_type": "ret", "problem": "p", "system": "s", "answer": "text"}]}', "step_type 'ret'"),
-    ('{"images": [], "steps": [{"step_type": "nap", "problem": "p", "system": "s", "answer": "text"}]}', "step_type 'nap'"),
+    ('{"images": [], "steps": [{"step_type": "ret", "problem": "p", "system": "s", "answer": "text"}]}',
+     "step_type 'ret'"),
+    ('{"images": [], "steps": [{"step_type": "nap", "problem": "p", "system": "s", "answer": "text"}]}',
+     "step_type 'nap'"),
     ('{"images": [], "steps": []}', "steps"),
     ('{"images": []}', "line 2"),
 ])
@@ -99,7 +105,7 @@ def test_a_row_that_does_not_fit_is_named_with_file_and_line(tmp_path, line, fou
     assert found in str(e.value) and "\n" not in str(e.value)
 
 
-# ------------------------------------------------------------------------------------------------------------------- supervised
+# ----------------------------------------------------------------------------------------------------------- supervised
 
 
 def test_the_mask_covers_the_target_and_its_end_and_nothing_else(home, processor):
@@ -123,8 +129,9 @@ def test_supervised_loss_equals_transformers(home, model, processor, tmp_path):
     labels = batch["input_ids"].masked_fill(~mask, -100)
     newer = "mm_token_type_ids" in inspect.signature(theirs.forward).parameters
     extra = {"mm_token_type_ids": (batch["input_ids"] == model.config.image_token_id).int()} if newer else {}
+    inputs = {k: v.long() if v.dtype == torch.bool else v for k, v in batch.items()}
     with torch.no_grad():
-        expected = theirs(**{k: v.long() if v.dtype == torch.bool else v for k, v in batch.items()}, **extra, labels=labels).loss
+        expected = theirs(**inputs, **extra, labels=labels).loss
         loss = -model.log_probs(targets_mask=mask, **batch).sum() / mask.sum()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-4)
 
@@ -135,8 +142,8 @@ def test_a_mixture_draws_by_share_and_repeats_nothing_within_an_epoch():
     drawn = [e.problem for pool in range(4) for b in mixture.batches(pool) for e in b]
     a, b = [x for x in drawn if x[0] == "a"], [x for x in drawn if x[0] == "b"]
     assert len(a) == 4 * 768 and len(b) == 4 * 256 and len(set(a)) == len(a)
-    assert max(map(b.count, set(b))) - min(map(b.count, set(b))) <= 1                 # ten epochs of 100, each a permutation
-    again = train.Mixture(mixture.sources and [("a", make("a", 5000), 3.0), ("b", make("b", 100), 1.0)], 1280, 0)
+    assert max(map(b.count, set(b))) - min(map(b.count, set(b))) <= 1           # ten epochs of 100, each a permutation
+    again = train.Mixture([("a", make("a", 5000), 3.0), ("b", make("b", 100), 1.0)], 1280, 0)
     assert [e.problem for b in again.batches(2) for e in b] == [e.problem for b in mixture.batches(2) for e in b]
 
 
@@ -156,10 +163,11 @@ def test_previous_token_head_looks_at_the_token_before(model, home):
         return scores.softmax(-1).diagonal(-1).mean().item()
     before = attention()
     train.start_previous_token_head(fresh)
-    assert before < 0.2 and attention() > 0.6            # two rotary pairs here; the shipped size has four and reaches 0.99
+    # two rotary pairs here; the shipped size has four and reaches 0.99
+    assert before < 0.2 and attention() > 0.6
 
 
-# ---------------------------------------------------------------------------------------------------------------- Step-GRPO update
+# ----------------------------------------------------------------------------------------------------- Step-GRPO update
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +186,8 @@ def groups(home, model, processor):
 
 
 @pytest.mark.parametrize("level, budget", [("token", 100000), ("token", 1), ("sequence", 300)])
-def test_update_with_shared_prompts_and_micro_batches_equals_the_plain_one(home, model, processor, groups, level, budget):
+def test_update_with_shared_prompts_and_micro_batches_equals_the_plain_one(
+        home, model, processor, groups, level, budget):
     """Oracle: every sample as a row of its own through log_probs, one loss over all; the gradients must be the same."""
     o = train.GrpoOptions(level=level, tokens=budget)
     model.zero_grad()
@@ -192,8 +201,8 @@ def test_update_with_shared_prompts_and_micro_batches_equals_the_plain_one(home,
             ids = torch.cat((row["input_ids"], torch.tensor([c.token_ids])), dim=1)
             m = torch.arange(ids.shape[1])[None] >= row["input_ids"].shape[1]
             x = model.log_probs(ids, m, None, row["pixel_values"], row["image_grid_thw"])[:, -len(c.token_ids):]
-            pad = (0, 12 - len(c.token_ids))
-            logps.append(torch.nn.functional.pad(x, pad)), olds.append(torch.nn.functional.pad(torch.tensor([c.logps]), pad))
+            pad = lambda row: torch.nn.functional.pad(row, (0, 12 - len(c.token_ids)))
+            logps.append(pad(x)), olds.append(pad(torch.tensor([c.logps])))
             masks.append(torch.arange(12)[None] < len(c.token_ids)), advantages.append(a[None])
     loss, _ = grpo_loss(torch.cat(logps), torch.cat(olds), torch.cat(advantages), torch.cat(masks), level=level)
     loss.backward()
@@ -220,13 +229,15 @@ def test_micro_batches_hold_every_group_once_and_keep_the_budget(groups):
 
 def test_balanced_draw_is_even_over_gold_routes():
     """4 % of the prompts are of one route: drawn as they come it gets about one of 32, balanced it gets its sixth."""
-    labels = ["text image retriever"] * 8 + ["text retriever"] * 60 + ["table retriever"] * 32 + ["none"] * 40 + ["answer"] * 60
-    items = list(enumerate(labels))
-    draw = lambda o: [label for _, label in train.balanced(o, items, lambda x: x[1], lambda x: x[1], train.Interest(0.8, {}), random.Random(1))]
-    even = draw(train.GrpoOptions(prompts=32))
-    assert {x: even.count(x) for x in set(labels)} == {"answer": 8, "none": 6, "table retriever": 6, "text image retriever": 6, "text retriever": 6}
-    assert len(set(map(id, even))) <= 32 and len(draw(train.GrpoOptions(prompts=32, balance=False))) == 32
-    assert draw(train.GrpoOptions(prompts=32, balance=False)).count("text image retriever") < 6
+    labels = ["text image retriever"] * 8 + ["text retriever"] * 60 + ["table retriever"] * 32
+    labels += ["none"] * 40 + ["answer"] * 60
+    items, label = list(enumerate(labels)), lambda x: x[1]
+    draw = lambda o: train.balanced(o, items, label, label, train.Interest(0.8, {}), random.Random(1))
+    even, plain = draw(train.GrpoOptions(prompts=32)), draw(train.GrpoOptions(prompts=32, balance=False))
+    count = lambda drawn: {name: sum(label(x) == name for x in drawn) for name in set(labels)}
+    assert count(even) == {"answer": 8, "none": 6, "table retriever": 6, "text image retriever": 6, "text retriever": 6}
+    assert len(set(even)) == len(set(plain)) == 32                          # nothing is drawn twice
+    assert count(plain)["text image retriever"] < 6
 
 
 def test_solved_prompts_are_drawn_less_often_but_not_never():
@@ -247,20 +258,23 @@ def test_route_tokens_are_those_between_the_ret_tags(processor):
     assert not any(train.route_tokens(processor, infer.Candidate("", tuple(processor.encode("no tags")), (), None)))
 
 
-# ------------------------------------------------------------------------------------------------------- runs, resume, bad input
+# ---------------------------------------------------------------------------------------------- runs, resume, bad input
 
-SFT = ("--save-every", 3, "--log-every", 100, "--threads", 1)
 
 
 def commands(home):
-    """Short runs of each kind. Step-GRPO starts from the shipped weak model: a random one never earns a reward, and nothing would be updated."""
+    """Short runs of each kind. Step-GRPO starts from the shipped weak model: a random one never earns a reward, and
+    nothing would be updated."""
     rest = ("--save-every", 3, "--log-every", 100, "--threads", 1)
     common = ("--model", ROOT / "weights" / "tiny-warm", *rest)
     return {
         "sft": ("sft", "--model", home / "m", *rest, "--data", home / "w" / "steps.jsonl=2", home / "w" / "copy.jsonl"),
-        "online": ("grpo", *common, "--val-every", 0, "--world", home / "w", "--prompts", 6, "--group", 4, "--open-questions", 12),
-        "offline": ("grpo", *common, "--val-every", 0, "--mode", "offline", "--data", home / "w" / "steps.jsonl", "--prompts", 6, "--group", 4),
-        "outcome": ("grpo", *common, "--val-every", 0, "--mode", "outcome", "--world", home / "w", "--questions", 2, "--group", 4),
+        "online": ("grpo", *common, "--val-every", 0, "--world", home / "w",
+                   "--prompts", 6, "--group", 4, "--open-questions", 12),
+        "offline": ("grpo", *common, "--val-every", 0, "--mode", "offline", "--data", home / "w" / "steps.jsonl",
+                    "--prompts", 6, "--group", 4),
+        "outcome": ("grpo", *common, "--val-every", 0, "--mode", "outcome", "--world", home / "w",
+                    "--questions", 4, "--group", 4),
     }
 
 
@@ -269,7 +283,8 @@ def test_six_steps_equal_three_a_kill_and_three_more(home, tmp_path, kind):
     words = commands(home)[kind]
     whole = run("train.py", *words, "--steps", 6, "--decay", 0, "--out", tmp_path / "a")
     assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, words), "--steps", "6", "--decay", "0", "--out", str(tmp_path / "b")],
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, words),
+                                "--steps", "6", "--decay", "0", "--out", str(tmp_path / "b")],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.time() + 60
     while not (tmp_path / "b" / "last").exists() and process.poll() is None and time.time() < end:
@@ -280,19 +295,22 @@ def test_six_steps_equal_three_a_kill_and_three_more(home, tmp_path, kind):
     done = run("train.py", *words, "--steps", 6, "--decay", 0, "--out", tmp_path / "b")
     assert done.returncode == 0, done.stderr
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
-    for name in ("trainer.safetensors",):
-        assert (tmp_path / "a" / "last" / name).read_bytes() == (tmp_path / "b" / "last" / name).read_bytes()
+    state = [(tmp_path / x / "last" / "trainer.safetensors").read_bytes() for x in "ab"]
+    assert state[0] == state[1]
     assert log_of(tmp_path / "a") == log_of(tmp_path / "b") and len(log_of(tmp_path / "a")) == 6
-    assert sum("grad_norm" in row for row in log_of(tmp_path / "a")) >= 4                  # weights were really updated, before and after
+    # weights were really updated, before and after
+    assert sum("grad_norm" in row for row in log_of(tmp_path / "a")) >= 4
 
 
 def test_a_signal_stops_behind_the_update_with_a_checkpoint(home, tmp_path):
-    words = [sys.executable, str(ROOT / "train.py"), *map(str, commands(home)["sft"]), "--steps", "100000", "--out", str(tmp_path / "r")]
+    words = [sys.executable, str(ROOT / "train.py"), *map(str, commands(home)["sft"]),
+             "--steps", "100000", "--out", str(tmp_path / "r")]
+    log = tmp_path / "r" / "log.jsonl"
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        before = len(log_of(tmp_path / "r")) if (tmp_path / "r" / "log.jsonl").exists() else 0
+        before = len(log_of(tmp_path / "r")) if log.exists() else 0
         end = time.time() + 60
-        while time.time() < end and not ((tmp_path / "r" / "log.jsonl").exists() and len(log_of(tmp_path / "r")) > before + 1):
+        while time.time() < end and not (log.exists() and len(log_of(tmp_path / "r")) > before + 1):
             time.sleep(0.05)
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
@@ -302,21 +320,25 @@ def test_a_signal_stops_behind_the_update_with_a_checkpoint(home, tmp_path):
 
 
 def test_validation_chooses_the_best_checkpoint(home, tmp_path):
-    done = run("train.py", *commands(home)["sft"], "--steps", 4, "--val-world", home / "w", "--val-every", 2, "--val-questions", 6, "--out", tmp_path / "r")
+    done = run("train.py", *commands(home)["sft"], "--steps", 4, "--val-world", home / "w", "--val-every", 2,
+               "--val-questions", 6, "--out", tmp_path / "r")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in open(tmp_path / "r" / "log.jsonl")]
     scores = {r["step"]: r["validation"]["f1_recall"] for r in rows if "validation" in r}
     assert set(scores) == {2, 4} and (tmp_path / "r" / "best" / "model.safetensors").exists()
     best = json.loads(done.stdout.splitlines()[-1])["best"]
-    assert best["f1_recall"] == max(scores.values()) and best["step"] == min(s for s in scores if scores[s] == best["f1_recall"])
+    assert best["f1_recall"] == max(scores.values())
+    assert best["step"] == min(s for s in scores if scores[s] == best["f1_recall"])
     assert Processor.from_pretrained(tmp_path / "r" / "best") and VLM.from_pretrained(tmp_path / "r" / "best")
 
 
 def test_lora_trains_the_adapter_alone_and_its_base_is_the_reference(home, tmp_path):
-    done = run("train.py", *commands(home)["online"], "--steps", 3, "--lora-rank", 4, "--kl-coef", 0.1, "--form", "published", "--entropy-coef", 0.01, "--out", tmp_path / "r")
+    done = run("train.py", *commands(home)["online"], "--steps", 3, "--lora-rank", 4, "--kl-coef", 0.1,
+               "--form", "published", "--entropy-coef", 0.01, "--out", tmp_path / "r")
     assert done.returncode == 0, done.stderr
     saved = {p.name for p in (tmp_path / "r" / "last").iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "trainer.safetensors"} <= saved and "model.safetensors" not in saved
+    assert {"adapter_config.json", "adapter_model.safetensors", "trainer.safetensors"} <= saved
+    assert "model.safetensors" not in saved
 
 
 @pytest.mark.parametrize("words, message", [

@@ -1,4 +1,5 @@
-"""The shipped models: small, loadable by transformers, and as good (or as weak) as their TRAINING.md says, on worlds made here."""
+"""The shipped models: small, loadable by transformers, and as good (or as weak) as their TRAINING.md says, on worlds
+made here."""
 import inspect
 import subprocess
 import sys
@@ -18,8 +19,8 @@ SHIPPED = ("tiny", "tiny-warm")
 def world(tmp_path_factory):
     """A test world of its own: another seed than any figure in the README was made with."""
     out = tmp_path_factory.mktemp("held-out")
-    done = subprocess.run([sys.executable, str(ROOT / "world.py"), "--split", "test", "--seed", "90210", "--questions", "130", "--out", str(out)],
-                          capture_output=True, text=True)
+    words = ["--split", "test", "--seed", "90210", "--questions", "130", "--out", str(out)]
+    done = subprocess.run([sys.executable, str(ROOT / "world.py"), *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -28,8 +29,8 @@ def scores(name, world, method="router"):
     path = ROOT / "weights" / name
     rows, faults = infer.load_questions(world / "questions.jsonl")
     assert len(rows) == 130 and not faults
-    router = infer.Router(VLM.from_pretrained(path), Processor.from_pretrained(path), infer.world_bases(world), method=method,
-                          prompts=infer.load_prompts(path / "prompts.json"))
+    router = infer.Router(VLM.from_pretrained(path), Processor.from_pretrained(path), infer.world_bases(world),
+                          method=method, prompts=infer.load_prompts(path / "prompts.json"))
     return infer.evaluate(router.run(rows))
 
 
@@ -65,10 +66,12 @@ def test_the_trained_model_routes_reads_and_answers_in_a_new_world(world):
     assert router["f1_recall"] >= 0.93 and router["route_accuracy"] >= 0.99 and router["malformed"] <= 0.02
     assert abs(router["retrievals"] - router["gold_retrievals"]) <= 0.03 * router["gold_retrievals"]
     assert router["f1_recall"] - static["f1_recall"] >= 0.30
-    assert static["by_hops"]["1"] >= 0.9                       # where one look-up is enough, a static pipeline is as good: the gap is depth
+    # where one look-up is enough, a static pipeline is as good: the gap is depth
+    assert static["by_hops"]["1"] >= 0.9
 
 
 def test_the_weak_model_reads_but_does_not_route(world):
     weak = scores("tiny-warm", world)
     assert weak["f1_recall"] <= 0.55 and weak["route_accuracy"] <= 0.85
-    assert scores("tiny-warm", world, "oracle")["f1_recall"] >= 0.85        # with gold routes and sub-questions it can answer
+    # with gold routes and sub-questions it can answer
+    assert scores("tiny-warm", world, "oracle")["f1_recall"] >= 0.85

@@ -1,0 +1,139 @@
+"""bench.py at its toy scale: every part runs, asserts equal results, and ends with the JSON line that programs read."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import bench
+from conftest import ROOT
+from grpo import grpo_loss
+
+PROMISED = {  # part: what its table must speak of, and how many of its lines have a ratio to a peer
+    "model": ({"tiny forward", "tiny prefill", "tiny training step"}, 3),
+    "rollout": ({"tiny rollout, 4 x 4 x 6", "tiny rollout, 16 x 1 x 6"}, 2),
+    "update": ({"tiny update, a row a sample", "tiny update, shared prefix", "tiny update, memory at V 20000"}, 3),
+    "retrieve": ({"encoder", "build", "disk", "memory", "search against hnswlib", "50 queries one by one"}, 7),
+    "router": ({"4 questions in batch", "time in the model", "time in search", "time in the rest"}, 1),
+}
+
+
+def check(output, part, names, ratios):
+    """The table, then one line of JSON with positive figures; returns the figures of the part."""
+    lines = output.strip().splitlines()
+    assert lines[0] == part
+    result = json.loads(lines[-1])
+    assert set(result) == {"shapes", "load", "figures", "ratio", "machine"}
+    assert {"cpu", "cores", "threads", "torch", "device", "load"} <= set(result["machine"])
+    figures = result["figures"][part]
+    assert len(figures) == len(lines) - 2 and names <= set(figures)
+    for name, f in figures.items():
+        assert any(name in line for line in lines[1:-1])
+        assert f["value"] > 0 and f["unit"]
+        assert ("met" in f) == ("goal" in f)
+        if "ratio" in f:
+            assert f["ratio"] > 0 and f["peer_value"] > 0 and f["peer"]
+            assert result["ratio"][f"{part} {name}"] == f["ratio"]
+    assert len(result["ratio"]) == ratios
+    return figures
+
+
+@pytest.mark.parametrize("part", ["rollout", "update", "retrieve", "router"])
+def test_a_part_at_toy_scale(part, capsys):
+    if part == "router" and not any((ROOT / "weights" / "tiny").glob("*.safetensors")):
+        pytest.skip("no weights/tiny: make weights makes it")
+    bench.main([part, "--quick"])
+    check(capsys.readouterr().out, part, *PROMISED[part])
+
+
+def test_the_model_part_needs_torch_and_transformers_only():
+    """As a program, where neither hnswlib nor the files above model.py can be imported."""
+    blocked = ("hnswlib", "faiss", "retrieve", "infer", "grpo", "train")
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import bench; bench.main(['model', '--quick'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    check(done.stdout, "model", *PROMISED["model"])
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["model"], {"3b decoding, batch 1", "3b decoding, batch 64", "3b share of the memory bandwidth, batch 1"}),
+    (["update"], {"3b update, 1 x 4, seconds", "3b update, 1 x 4, arithmetic", "3b update, 1 x 4, memory"}),
+    (["update", "--lora", "2"], {"3b LoRA 2 update, 1 x 4, memory"})], ids=" ".join)
+def test_what_is_measured_of_real_shapes(words, expected, monkeypatch, capsys):
+    """The same lines of code on sizes that fit a test, in half precision as on a GPU."""
+    monkeypatch.setitem(bench.SHAPES, "3b", bench.SHAPES["tiny"])
+    bench.main([*words, "--shape", "3b", "--dtype", "bfloat16", "--quick", "--new", "4"])
+    ratios = 4 if words == ["model"] else 0
+    check(capsys.readouterr().out, words[0], expected, ratios)
+
+
+def test_unequal_results_are_not_timed(monkeypatch, capsys):
+    """transformers with one weight changed: one line, code 2, no figures."""
+    def changed(o, config, make=bench.both_models):
+        ours, peer = make(o, config)
+        peer.model.language_model.norm.weight.data[0] += 1
+        return ours, peer
+    monkeypatch.setattr(bench, "both_models", changed)
+    for part in ("model", "update"):
+        with pytest.raises(SystemExit) as end:
+            bench.main([part, "--quick"])
+        said = capsys.readouterr()
+        assert end.value.code == 2 and said.out == part + "\n"
+        assert "not equal" in said.err and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["modle"], "unknown part 'modle'"), (["model", "--device", "cuda"], "no CUDA device"),
+    (["model", "--runs", "0"], "--runs is 0"), (["update", "--lora", "4"], "--lora 4"),
+    (["router", "--quick", "--model", "nowhere"], "nowhere"),
+    (["rollout", "--quick"], "the peer transformers is missing")], ids=lambda x: x if isinstance(x, str) else x[0])
+def test_mistakes_are_told_in_one_line(words, expected, monkeypatch, capsys):
+    if "cuda" in words and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    monkeypatch.setitem(sys.modules, "transformers", None)  # import then fails as if it were not installed
+    with pytest.raises(SystemExit) as end:
+        bench.main(words)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("bench.py: ") and expected in said and said.count("\n") == 1
+
+
+def test_the_loss_is_that_of_training():
+    g = torch.Generator().manual_seed(0)
+    logp, old, advantages = (torch.randn(*size, generator=g) for size in ((6, 9), (6, 9), (6,)))
+    expected, _ = grpo_loss(logp, old, advantages, torch.ones(6, 9, dtype=torch.bool))
+    torch.testing.assert_close(bench.clipped_loss(logp, old, advantages), expected)
+
+
+def test_ratios_and_goals_by_hand():
+    """Ours needs 1, 2, 4 seconds (median 2), the peer 3, 8, 5 (median 5): 5 / 2 times as fast; rounds 3, 4, 1.25."""
+    f = bench.compared("x", {"a": [1, 2, 4], "b": [3, 8, 5]}, "a", "b", 10, "items/s", at_least=2.5)
+    assert (f["value"], f["peer_value"], f["ratio"], f["rounds"]) == (5, 2, 2.5, [1.25, 4])
+    assert f["met"] and f["goal"] == ">= 2.5"
+    assert not bench.figure("x", 81.0, "GB", at_most=80)["met"]
+    assert "goal" not in bench.figure("x", 1.0, "s")
+
+
+def test_turns_alternate():
+    """Two rounds behind one that warms up; every other round runs backwards."""
+    calls = []
+    times = bench.in_turns({name: lambda name=name: calls.append(name) for name in "ab"}, 2)
+    assert "".join(calls) == "ba" + "ab" + "ba"
+    assert [len(times[name]) for name in "ab"] == [2, 2]
+
+
+def test_peak_memory_sees_what_was_freed():
+    """80 MB are allocated and freed inside the block, 20 MB stay: the peak is about 100."""
+    with bench.PeakMemory("cpu") as peak:
+        kept = torch.ones(5_000_000)
+        torch.ones(20_000_000)
+    assert kept.nbytes == 20e6 and 95e6 < peak.bytes < 115e6
+
+
+def test_recall_by_hand():
+    """Four unit vectors in the plane; the two nearest to (1, 0) are rows 0 and 1, to (0, 1) rows 2 and 1."""
+    vectors = torch.tensor([[1, 0], [.8, .6], [0, 1], [-1, 0]]).numpy()
+    truth = bench.exact(vectors, torch.tensor([[1., 0], [0, 1]]).numpy(), 2)
+    assert [set(row) for row in truth.tolist()] == [{0, 1}, {1, 2}]
+    assert bench.recall_of([[0, 1], [3, 2]], truth) == 0.75
+    assert bench.least_ef(lambda ef: [[0, 1], [2, 1]] if ef >= 20 else [[3, 1], [2, 1]], truth, 0.9) == 22

@@ -1,0 +1,76 @@
+"""The README says what is true: its line counts are those of the files, its commands run (at small scale), its pasted
+output is what a run prints."""
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+# what a command names that is not here, and what stands for it in the test: the flags are run as they are written
+STAND_INS = {
+    "enwiki.jsonl": "{world}/text.jsonl", "path/to/bge-m3": "lexical",
+    "path/to/R1-Router-7B": "weights/tiny", "path/to/Qwen2.5-VL-3B-Instruct": "weights/tiny",
+    "kb/text": "{world}/kb/text", "kb/image": "{world}/kb/image", "kb/table": "{world}/kb/table",
+    "published_steps.jsonl": "{world}/steps.jsonl", "cuda": "cpu", "bfloat16": "float32",
+    "photo.jpg": "{world}/flags/0.png", "data/demo": "{world}", "data/mine": "{out}/mine",
+    "…": "Which country has this flag?",
+}
+SMALL = {"--questions": "6", "--limit": "4", "--show": "2", "--max-new-tokens": "48", "--group": "2", "--seed": "7"}
+
+
+def commands():
+    """Every `python …` line of the README's code blocks, continuation lines joined, comments cut."""
+    blocks = "\n".join(re.findall(r"```\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+    return [line.split("#")[0].strip() for line in blocks.splitlines() if line.startswith("python ")]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    out = tmp_path_factory.mktemp("readme") / "world"
+    run = lambda *words: subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
+    run("world.py", "--seed", "3", "--questions", "8", "--countries", "20", "--out", str(out))
+    run("infer.py", "--world", str(out), "--limit", "1", "--threads", "1")
+    return out
+
+
+def test_there_are_commands_and_every_make_target_exists():
+    assert len(commands()) >= 6
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"^make (\w+)|`make (\w+)`", README, re.MULTILINE)):
+        name = target[0] or target[1]
+        assert re.search(rf"^{name}:", makefile, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_runs(command, world, tmp_path):
+    words = []
+    for word in shlex.split(command)[1:]:
+        for name, real in sorted(STAND_INS.items(), key=lambda x: -len(x[0])):
+            if name in word and (word == name or not word.startswith("--")):
+                word = word.replace(name, real.format(world=world, out=world.parent))
+                break
+        words.append(SMALL.get(words[-1], word) if words and words[-1] in SMALL else word)
+    if words[0] == "train.py":
+        words += ["--steps", "1", "--out", str(tmp_path / "run"), "--threads", "1"]
+        words[words.index("--lora-rank") + 1] = "2"
+    if words[:2] == ["retrieve.py", "build"]:
+        words[words.index("--out") + 1] = str(tmp_path / "kb")
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_line_counts_are_true():
+    table = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.MULTILINE))
+    scripts = {p.name: len(p.read_text().splitlines()) for p in ROOT.glob("*.py")}
+    assert {name: int(count) for name, count in table.items()} == scripts
+
+
+def test_equations_name_functions_that_exist():
+    import grpo, infer, train, world as _
+    modules = {"grpo": grpo, "infer": infer, "train": train, "world": _}
+    named = re.findall(r"`(grpo|infer|train|world)\.(\w+)`", README)
+    assert len(named) >= 5 and not [(m, n) for m, n in named if n != "py" and not hasattr(modules[m], n)]
