@@ -1111,8 +1111,9 @@ def show(o):
             advantages = group_advantages(torch.tensor(rewards), torch.zeros(len(parts)), o.scale).tolist()
             print(f", gold: {' | '.join(str(g['answer']) for g in golds)}")
             for c, p, a in zip(candidates, parts, advantages):
-                kept = {k: round(v, 3) for k, v in asdict(p).items() if v is not None and k not in ("total", "price")}
-                print(f"  r {p.total:.3f}  A {a:+.3f}  {len(c.token_ids):2d} tokens in the loss  {kept}  {c.text}")
+                kept = "  ".join(f"{k} {getattr(p, k):.2f}" for k in ("form", "similarity", "route", "answer")
+                                 if getattr(p, k) is not None)
+                print(f"  r {p.total:.3f}  A {a:+.3f}  {len(c.token_ids):2d} tokens  {kept}  {c.text}")
             best = rewards.index(max(rewards)) if o.follow == "best" else rng.randrange(len(parts))
             x.go_on(router.step(x.q, ids, candidates, best))
         if isinstance(x.request, Search):
