@@ -582,6 +582,8 @@ class VLM(nn.Module):
 
         Raises ValueError that lists every missing, unexpected and mis-shaped key.
         """
+        if not Path(path).is_dir():
+            raise ValueError(f"{path}: no such model directory; expected one with config.json and model.safetensors")
         config = read_config(Path(path))
         with torch.device("meta"):
             vlm = cls(config)

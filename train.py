@@ -65,7 +65,9 @@ class Options:
     beta2: float = option(0.98, "AdamW's memory of the squared gradient")
     clip_norm: float = option(1.0, "largest norm of the gradient; 0 does not clip")
     device: str = option("cpu", "where to train: cpu, cuda, cuda:1 ...; under torchrun cpu or cuda (a GPU each)")
-    dtype: str = option("float32", "type of the weights while training", choices=("float32", "bfloat16"))
+    dtype: str = option("float32", "type of the weights in a pass; the optimizer works in float32 in any case",
+                        choices=("float32", "bfloat16"))
+    checkpointing: bool = option(False, "compute activations again in the backward pass instead of keeping them")
     threads: int = option(0, "CPU threads of torch; 0 leaves torch's choice")
     save_every: int = option(200, "updates between checkpoints")
     log_every: int = option(10, "updates between lines on the screen; the log file has every one")
@@ -338,10 +340,14 @@ class Run:
         stored = self.resume()
         self.model = sharded(model)                      # what is trained; `plain` is what samples and is saved
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        self.names = {id(p): name for name, p in trained}
-        self.optimizer = torch.optim.AdamW([{"params": [p for _, p in trained if p.dim() > 1], "weight_decay": options.weight_decay},
-                                            {"params": [p for _, p in trained if p.dim() <= 1], "weight_decay": 0.0}],
-                                           lr=options.learning_rate, betas=(options.beta1, options.beta2), fused=True)
+        # bfloat16 weights cannot hold a small update (8 bits of mantissa): AdamW works on float32 copies, their masters
+        self.pairs = [(p, p if p.dtype == torch.float32 else p.detach().float()) for _, p in trained]
+        masters = [m for _, m in self.pairs]
+        self.names = {id(m): name for m, (name, _) in zip(masters, trained)}
+        self.optimizer = torch.optim.AdamW(
+            [{"params": [m for m in masters if m.dim() > 1], "weight_decay": options.weight_decay},
+             {"params": [m for m in masters if m.dim() <= 1], "weight_decay": 0.0}],
+            lr=options.learning_rate, betas=(options.beta1, options.beta2), fused=True)
         self.generator = torch.Generator(options.device).manual_seed(options.seed)
         self.restore(stored)
         if not rank():
@@ -412,6 +418,8 @@ class Run:
             if f"step.{name}" in stored:                 # nothing is stored where no update was made yet
                 moments = {key: share_of(stored[f"{key}.{name}"], p) for key in ("exp_avg", "exp_avg_sq")}
                 self.optimizer.state[p] = {"step": stored[f"step.{name}"].to(p.device), **moments}
+            if f"master.{name}" in stored:
+                p.copy_(share_of(stored[f"master.{name}"], p))
         if stored:
             self.generator.set_state(stored["generator"])
 
@@ -434,17 +442,25 @@ class Run:
         return o.learning_rate * min(1.0, (step + 1) / max(1, o.warmup)) * max(0.1, fall)
 
     def update(self, step):
-        """Clip the gradient and take one step of AdamW. A gradient that is not finite ends the run before it touches the weights."""
-        rate = self.learning_rate(step)
+        """Clip the gradient and take one step of AdamW.
+
+        A gradient that is not finite ends the run before it touches the weights.
+        """
+        rate, apart = self.learning_rate(step), [(p, m) for p, m in self.pairs if m is not p]
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = full(torch.nn.utils.clip_grad_norm_(trained, self.o.clip_norm or math.inf))       # over all ranks
+        for p, m in apart:
+            m.grad, p.grad = None if p.grad is None else p.grad.float(), None
+        norm = torch.nn.utils.clip_grad_norm_([m for _, m in self.pairs], self.o.clip_norm or math.inf)
+        norm = full(norm)                                                                        # over all ranks
         if not math.isfinite(norm):
-            raise FloatingPointError(f"step {step + 1}: the gradient is {norm.item()}; the last good checkpoint is {self.path / 'last'}; "
-                                     "try a lower --learning-rate")
+            raise FloatingPointError(f"step {step + 1}: the gradient is {norm.item()}; the last good checkpoint is "
+                                     f"{self.path / 'last'}; try a lower --learning-rate")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for p, m in apart:
+                p.copy_(m)
         return {"learning_rate": rate, "grad_norm": norm.item()}
 
     def log(self, row):
@@ -492,6 +508,9 @@ class Run:
                 value = full(value).contiguous()
                 if not rank():
                     stored[f"{key}.{self.names[id(p)]}"] = value.cpu()
+        for p, m in self.pairs:
+            if m is not p:
+                stored[f"master.{self.names[id(m)]}"] = full(m).cpu()
         with self.whole():
             if not rank():
                 self.write(stored, best)
@@ -549,6 +568,7 @@ def open_model(options):
         torch.set_num_threads(options.threads)
     fresh = not any(path.glob("*.safetensors"))
     model = VLM.from_config(path, options.seed, dtype, options.device) if fresh else VLM.from_pretrained(path, dtype, options.device)
+    model.model.gradient_checkpointing = options.checkpointing
     return model, Processor.from_pretrained(path), fresh
 
 

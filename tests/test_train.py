@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import infer
 import train
@@ -339,6 +340,24 @@ def test_lora_trains_the_adapter_alone_and_its_base_is_the_reference(home, tmp_p
     saved = {p.name for p in (tmp_path / "r" / "last").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "trainer.safetensors"} <= saved
     assert "model.safetensors" not in saved
+
+
+def test_bfloat16_learns_as_float32_does_because_the_masters_are_float32(home, tmp_path):
+    """At this rate an update is far below what a bfloat16 weight can hold: without masters nothing would change."""
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        words = ("sft", "--model", ROOT / "weights" / "tiny-warm", "--data", home / "w" / "steps.jsonl", "--dtype", dtype,
+                 "--steps", 24, "--learning-rate", 2e-5, "--warmup", 1, "--threads", 1, "--checkpointing")
+        done = run("train.py", *words, "--out", tmp_path / dtype)
+        assert done.returncode == 0, done.stderr
+        rows = log_of(tmp_path / dtype)
+        losses[dtype] = [sum(r["loss"] for r in part) / 8 for part in (rows[:8], rows[-8:])]
+    (start, end), (start16, end16) = losses["float32"], losses["bfloat16"]
+    assert end < 0.75 * start and abs((start16 - end16) - (start - end)) < 0.15 * (start - end)
+    state = load_file(tmp_path / "bfloat16" / "last" / "trainer.safetensors")
+    saved = load_file(tmp_path / "bfloat16" / "last" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert saved[name].dtype == torch.bfloat16 and torch.equal(state["master." + name].bfloat16(), saved[name])
 
 
 @pytest.mark.parametrize("words, message", [
