@@ -440,9 +440,7 @@ class Attention(nn.Module):
         if isinstance(mask, list):      # tokens were read before
             y = attend_segments(q, segments, mask)
         else:
-            g = self.heads // self.kv_heads
-            k, v = k.repeat_interleave(g, dim=1), v.repeat_interleave(g, dim=1)                         # (B, H, T, D)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
