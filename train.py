@@ -1,17 +1,29 @@
-"""Training: a supervised warm start (sft) and Step-GRPO.
+"""Training: a supervised warm start (sft) and Step-GRPO (grpo), on one device or on several (torchrun).
 
 What flows through this file:
-    sft    step files -> prompts and target texts -> cross-entropy on the response tokens only -> AdamW -> checkpoints
+    sft     step files -> prompts and target texts -> cross-entropy on the response tokens only -> AdamW -> checkpoints
+    grpo    step prompts (from files, or from live trajectories) -> G outputs of each, a group -> rewards -> advantages
+            -> clipped loss over the sampled tokens -> AdamW -> checkpoints
+    show    one question as grpo sees it, printed        export    a checkpoint as a plain model directory
+
+Reading order: sft, then grpo (each on one screen), Online and balanced, accumulate and pack, Run; the ranks can wait.
 
 Legend of shapes
-    B examples of a batch   T tokens of a row   M response tokens
+    B examples of a batch   T tokens of a row   N groups of a micro-batch   n outputs of a group (G)   L response tokens
 
-A run is a folder: options.json, log.jsonl (a line a step), and checkpoints `last` and `best`, each an ordinary model directory with the
-optimizer's state beside the weights. A run that was stopped goes on from `last` as if it had not been; that is exact on the CPU.
+A run is a folder: options.json, log.jsonl (a line a step), and checkpoints `last` and `best`, each an ordinary model
+directory with the optimizer's state beside the weights. A run that was stopped goes on from `last` as if it had not
+been; that is exact on the CPU.
 
 Deviations from the paper and from the released code, with the reason
-    * The warm start's targets carry a thought: published step files have none, so a step without one is trained with an empty thought.
+    * The warm start's targets carry a thought: published step files have none, so a step without one is trained with an
+      empty thought.
     * A prompt that is too long is counted and left out. It is never cut: cutting loses the question.
+    * Online mode samples the steps of live trajectories through the three bases; the released recipe (offline) asks
+      prompts with gold history and retrieves nothing.
+    * Step prompts are drawn evenly over their gold route (see `balanced`): as they come, a rare route dies out.
+    * Groups without variance are left out of the update, and prompts that are always solved are drawn less often.
+    * The KL reference costs no memory where an adapter is trained, and no time where its coefficient is 0.
 """
 import argparse
 import copy
@@ -22,7 +34,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -40,7 +51,6 @@ from infer import (BASES, IMAGE, ROUTES, Candidate, OneLineParser, Router, Searc
 from model import VLM, Processor, add_lora, load_adapter, lora_disabled, merge_lora, read_json, save_adapter, write_json
 from retrieve import load_encoder
 
-HERE = Path(__file__).resolve().parent
 
 # ---------------------------------------------------------------------------------------------------------------------- options
 
