@@ -836,7 +836,7 @@ class VLM(nn.Module):
         source = torch.where(t == 0, P - 1, P - 1 + torch.arange(K, device=device))     # (N, K)
         hidden = hidden.gather(1, source[..., None].expand(-1, -1, hidden.shape[-1]))   # (N, K, C)
         out = self.token_log_probs(hidden[real], packed[real], temperature, entropy)
-        spread = lambda values: torch.zeros(N, n * L, device=device).masked_scatter(flat, values).view(N * n, L)
+        spread = lambda values: torch.zeros(mask.shape, device=device).masked_scatter(mask, values)
         return tuple(map(spread, out)) if entropy else spread(out)
 
 

@@ -1186,17 +1186,21 @@ def main():
         print(f"usage: train.py {{{','.join(COMMANDS)}}} [options]; train.py {next(iter(COMMANDS))} --help lists them", file=sys.stderr)
         sys.exit(0 if name in ("-h", "--help") else 2)
     options, command = COMMANDS[name]
+    code = 0
     try:
         command(parse_options(options, words))
     except (ValueError, FloatingPointError) as e:      # torchrun ends the others once one rank failed, so each says why
         sys.stderr.write(f"train.py: {e}\n")
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:
         print("train.py: stopped; the same command continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        code = 130
+    except SystemExit as e:                            # --help, or a signal that ended the run behind an update
+        code = e.code or 0
+    if dist.is_initialized():                          # all files are closed; the interpreter's teardown is left out,
+        sys.stdout.flush(), sys.stderr.flush()         # since gloo's threads abort in it now and then
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
