@@ -3,10 +3,11 @@
     question, picture -> a method asks for a model call -> step prompt -> VLM.generate -> parse_step -> step or fault
                                 or for a search         -> KnowledgeBase.search -> evidence -> the next prompt
                       -> Trajectory -> result row (JSONL) -> scores and costs -> table
+                                                          -> steps to train on
 
 In reading order: 1 the step language (prompts, renderers, parser), 2 the published metric, 3 the methods and the Router
-that advances many questions together, 4 result rows and their evaluation, 5 input files, 6 what people see, 7 the
-command line.
+that advances many questions together, 4 result rows: their evaluation, and steps from them, 5 input files, 6 what
+people see, 7 the command line.
 
 Shapes: N prompts of a batch, G samples of a prompt, T prompt tokens, L new tokens.
 
@@ -22,7 +23,10 @@ Deviations from the paper and the released code, and why:
   * the tokens of the metric follow nltk 3.10, which splits at dashes too, as the published figures that we test with.
 """
 import argparse
+import csv
+import io
 import json
+import math
 import os
 import random
 import re
@@ -36,6 +40,7 @@ from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -297,7 +302,7 @@ class Ask:
     kind: str                                      # "route", "answer" or "final"
     problem: str
     prompt: str                                    # key of the system prompt
-    query: str                                     # the question that the step is about
+    query: str                                     # what was searched for, or the question
     evidence: dict = field(default_factory=dict)   # base -> hits that the problem quotes
 
 
@@ -312,21 +317,26 @@ class Search:
 # A method is a generator for one question, written as if that question were alone: it yields what it needs next and
 # gets the reply. The Router runs many at once and batches what they ask for. The last step holds the final answer.
 
-def routed(row, options):
-    """The paper's loop: sub-question and route, evidence, intermediate answer, until None or `max_steps`."""
-    question, image, history = row["question"], row.get("image") is not None, []
+def routed(prefix, row, options):
+    """The paper's loop: sub-question and route, evidence, intermediate answer, until None or `max_steps`.
+
+    `prefix` of its system prompts: "" or "fewshot ", those with demonstrations. An exchange before the question,
+    `former`, stands in the prompts as a sub-question that is already answered.
+    """
+    question, image, history = row["question"], row.get("image") is not None, list(row.get("former", ()))
     for _ in range(options.max_steps):
-        step = yield Ask("route", route_problem(question, history, image), "route", question)
+        step = yield Ask("route", route_problem(question, history, image), prefix + "route", question)
         if step.route in (None, NONE):  # malformed, or nothing more is needed
             break
-        read = yield from looked_up(step.parsed.query, (BASE_OF[step.route.lower()],), options.k, image)
+        base = BASE_OF[step.route.lower()]
+        read = yield from looked_up(step.parsed.query, (base,), options.k, image, prompt=prefix + "answer")
         history.append((step.parsed.query, read.answer))
-    yield Ask("final", final_problem(question, history, image), "final", question)
+    yield Ask("final", final_problem(question, history, image), prefix + "final", question)
 
 
 def given_route(row, options):
     """The ceiling: gold sub-questions and routes; search and answers are live."""
-    if "hops" not in row:
+    if row.get("hops") is None:
         raise ValueError(f"{row['question'][:60]!r} has no gold hops: method oracle needs them in the question file")
     question, image, history = row["question"], row.get("image") is not None, []
     for hop in row["hops"]:
@@ -335,29 +345,52 @@ def given_route(row, options):
     yield Ask("final", final_problem(question, history, image), "final", question)
 
 
-def looked_up(query, bases, k, image):
-    """One search of the bases and one answer from what they return: the reply is the answering step."""
+def looked_up(query, bases, k, image, question=None, prompt="answer"):
+    """One search of the bases, and one answer from what they return to `question`, or else to the query itself.
+
+    The reply is the answering step.
+    """
     evidence = yield Search(query, bases, k)
     passages = {base: [hit.text for hit in hits] for base, hits in evidence.items()}
-    return (yield Ask("answer", answer_problem(query, passages, image), "answer", query, evidence))
+    return (yield Ask("answer", answer_problem(question or query, passages, image), prompt, query, evidence))
 
 
 def read_once(bases, row, options):
     """The question itself goes once to each of the bases."""
     k = options.k if len(bases) == 1 else options.static_k
-    yield from looked_up(row["question"], bases, k, row.get("image") is not None)
+    return (yield from looked_up(in_full(row), bases, k, row.get("image") is not None))
+
+
+def drafted(row, options):
+    """Retrieval guided by a draft: the question goes to all bases, the model drafts an answer, and the question goes to
+    them again together with the draft.
+
+    Two rounds of Iter-RetGen (Shao et al. 2023, arXiv 2305.15294). IRCoT (Trivedi et al. 2023, arXiv 2212.10509) is of
+    the same family; it searches with each sentence of a chain of thought. The last answer reads the second evidence
+    alone, which is as much as `static` reads.
+    """
+    draft = yield from read_once(BASES, row, options)
+    query = " ".join([in_full(row), getattr(draft.parsed, "thought", ""), draft.answer])
+    yield from looked_up(query, BASES, options.static_k, row.get("image") is not None, in_full(row))
+
+
+def in_full(row):
+    """The question, behind the exchange before it if there was one: what is searched for where no step can rephrase."""
+    return " ".join([*(text for pair in row.get("former", ()) for text in pair), row["question"]])
 
 
 def without_search(prompt, row, options):
     """The model alone."""
-    problem = final_problem(row["question"], [], row.get("image") is not None)
+    problem = final_problem(row["question"], row.get("former", ()), row.get("image") is not None)
     yield Ask("final", problem, prompt, row["question"])
 
 
 METHODS = {  # name -> (generator, bases that it needs)
-    "router": (routed, BASES), "oracle": (given_route, BASES),
+    "router": (partial(routed, ""), BASES), "fewshot": (partial(routed, "fewshot "), BASES),
+    "oracle": (given_route, BASES), "iterative": (drafted, BASES),
     "direct": (partial(without_search, "final"), ()), "cot": (partial(without_search, "cot"), ()),
     "static": (partial(read_once, BASES), BASES), **{base: (partial(read_once, (base,)), (base,)) for base in BASES}}
+ROUTING = ("router", "fewshot")  # methods whose model chooses the bases
 
 
 @dataclass(frozen=True)
@@ -375,13 +408,15 @@ class RouterOptions:
     follow: object = None       # (candidates, random.Random) -> index of the one to go on with; the first by default
     retries: int = 0            # times that a malformed step is asked again
     batch_size: int = 64        # prompts of a model call; four times as many questions are open at once
+    call_tokens: int = 65536    # token budget of a model call: prompts, and room for all that may be written
     prompts: dict | None = None  # system prompts that replace those of PROMPTS
+    shown: list | None = None   # trajectories of a step file (`load_steps`) that fewshot shows; by default our own
     seed: int = 0
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}: give one of {', '.join(METHODS)}")
-        for name in ("k", "static_k", "max_steps", "max_new_tokens", "samples", "batch_size"):
+        for name in ("k", "static_k", "max_steps", "max_new_tokens", "samples", "batch_size", "call_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
         if self.temperature == 0 and (self.samples > 1 or self.retries):
@@ -477,6 +512,7 @@ class Router:
     def __init__(self, vlm, processor, bases, **options):
         self.vlm, self.processor, self.bases, self.options = vlm, processor, bases, RouterOptions(**options)
         self.prompts = PROMPTS | (self.options.prompts or {})
+        self.prompts |= with_demonstrations(self.prompts, self.options.shown or demonstrations())
         self.method, needed = METHODS[self.options.method]
         missing = [base for base in needed if base not in bases]
         if missing:
@@ -488,7 +524,9 @@ class Router:
                              f"the model has {vlm.config.max_positions} positions")
 
     def run(self, questions, on_done=None, generator=None):
-        """Answers question rows ({"question", optionally "image": path or PIL}); Trajectories in the same order.
+        """Answers question rows; Trajectories in the same order.
+
+        A row is {"question"}, optionally with "image": path or PIL, and "former": [(question, answer)] that it follows.
 
         All open questions advance together: a tick is one search of each base, then the model calls in batches of
         prompts of similar length. `on_done(trajectory)` is called as each question finishes. `generator` is torch's, on
@@ -597,26 +635,38 @@ class Router:
         return [(outputs[key][0], tuple(islice(outputs[key][1], n))) for key in map(repr, talks)]
 
     def _generate(self, talks, noise):
-        """`sample` for N different conversations, in one model call. noise (N, n, L): n outputs each."""
-        batch = self.processor(talks)
-        mask = batch["attention_mask"]                                                   # (N, T), padded on the left
-        prompt_ids = [tuple(ids[keep].tolist()) for ids, keep in zip(batch["input_ids"], mask)]
-        fits = [len(ids) <= self.room for ids in prompt_ids]
-        if not all(fits):
-            short = [i for i, fit in enumerate(fits) if fit]
-            rest = iter(self._generate([talks[i] for i in short], noise[short]) if short else ())
-            return [next(rest) if fit else (ids, ()) for ids, fit in zip(prompt_ids, fits)]
+        """`sample` for N different conversations, in model calls that keep the token budget. noise (N, n, L): n outputs
+        each."""
         o, n = self.options, noise.shape[1]
-        batch = {name: tensor.to(noise.device) for name, tensor in batch.items() if tensor is not None}
-        samples = self.vlm.generate(**batch, n=n, max_new_tokens=o.max_new_tokens, temperature=o.temperature,
-                                    top_k=o.top_k, top_p=o.top_p, eos_ids=self.processor.eos_ids,
-                                    noise=noise.flatten(0, 1))
-        candidates = []  # N * n, those of a prompt together
-        for tokens, keep, logps in zip(samples.tokens.cpu(), samples.mask.cpu(), samples.logps.cpu()):  # (L,) each
-            ids = tuple(tokens[keep].tolist())
-            text = self.processor.decode(ids)
-            candidates.append(Candidate(text, ids, tuple(logps[keep].tolist()), parse_step(text)))
-        return [(ids, tuple(candidates[i * n:(i + 1) * n])) for i, ids in enumerate(prompt_ids)]
+        prompts = [self.processor.prompt(talk) for talk in talks]
+        outputs = [(tuple(ids), ()) for ids, _, _ in prompts]     # no candidates where the prompt leaves no room
+        fitting = [i for i, (ids, _) in enumerate(outputs) if len(ids) <= self.room]
+        for part in in_budget(fitting, lambda i: len(outputs[i][0]) + n * o.max_new_tokens, o.call_tokens):
+            batch = self.processor.batch([prompts[i] for i in part])
+            batch = {name: tensor.to(noise.device) for name, tensor in batch.items() if tensor is not None}
+            samples = self.vlm.generate(**batch, n=n, max_new_tokens=o.max_new_tokens, temperature=o.temperature,
+                                        top_k=o.top_k, top_p=o.top_p, eos_ids=self.processor.eos_ids,
+                                        noise=noise[part].flatten(0, 1))
+            rows = zip(samples.tokens.cpu(), samples.mask.cpu(), samples.logps.cpu())    # (L,) each, n a prompt
+            for i in part:
+                outputs[i] = outputs[i][0], tuple(self._candidate(*row) for row in islice(rows, n))
+        return outputs
+
+    def _candidate(self, tokens, keep, logps):
+        ids = tuple(tokens[keep].tolist())
+        text = self.processor.decode(ids)
+        return Candidate(text, ids, tuple(logps[keep].tolist()), parse_step(text))
+
+
+def in_budget(items, size, budget):
+    """Items sorted by size and cut into batches: rows x the longest row keeps the budget. An item that is larger than
+    the budget stands alone."""
+    batches = []
+    for item in sorted(items, key=size):                          # so the last one is the longest
+        if not batches or (len(batches[-1]) + 1) * size(item) > budget:
+            batches.append([])
+        batches[-1].append(item)
+    return batches
 
 
 def _base_query(q, base):
@@ -634,7 +684,7 @@ def _expected(kind, candidate):
     return candidate
 
 
-# ------------------------------------------------------------------------------------------------------------ 4 results
+# ------------------------------------------------------------------------------------------- 4 results, steps from them
 
 def result_row(trajectory):
     """A Trajectory as a published result row: the question row, `plan_1`, `plan_2`, ..., `llm_answer`; and its costs.
@@ -654,7 +704,9 @@ def result_row(trajectory):
         if step.kind == "answer":
             if not plans or "answer" in plans[-1]:  # methods without routing steps
                 plans.append({"query": step.query, "retriever": [ROUTES[base] for base in step.evidence]})
-            plans[-1] |= {PREFIX[base]: [hit.text for hit in hits] for base, hits in step.evidence.items()}
+            for base, hits in step.evidence.items():
+                plans[-1] |= {PREFIX[base]: [hit.text for hit in hits],
+                              PREFIX[base] + "_scores": [round(float(hit.score), 4) for hit in hits]}
             if step is not trajectory.steps[-1]:
                 plans[-1]["answer"] = said
     row = {**trajectory.row, "method": trajectory.method, **{f"plan_{i}": plan for i, plan in enumerate(plans, 1)}}
@@ -673,7 +725,8 @@ def golds_of(row):
     golds = golds if isinstance(golds, list) else [golds]
     for gold in golds:
         ends = gold.get("range") if isinstance(gold, dict) else None
-        is_range = isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, (int, float)) for end in ends)
+        is_range = isinstance(ends, list) and len(ends) == 2 and all(
+            isinstance(end, (int, float)) and math.isfinite(end) for end in ends)
         if not is_range and not isinstance(gold, (str, int, float)):
             raise ValueError(f"gold answer {gold!r}: expected 'answer' or 'answer_eval' with a string, a list of "
                              "strings, or {'range': [low, high]}")
@@ -694,53 +747,173 @@ def gold_routes(row):
     if row.get("hops") is None:
         return None
     try:
-        return [ROUTES[BASE_OF[hop["retriever"].strip().lower()]] for hop in row["hops"]] + [NONE]
+        asked = [(hop["query"].strip(), hop["retriever"].strip().lower()) for hop in row["hops"]]
+        return [ROUTES[BASE_OF[retriever]] for _, retriever in asked] + [NONE]
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"hops {row['hops']!r}: expected a list of {{'query', 'retriever', 'answer'}} with a "
                          f"retriever of {', '.join(BASE_OF)}") from None
 
 
+MEASURES = ("f1_recall", "em", "f1", "route_accuracy", "malformed", "retrievals", "gold_retrievals", "model_calls",
+            "tokens", "tokens_read", "tokens_written", "seconds", "seconds_model", "seconds_search", "too_long")
+GROUPINGS = ("set", "kind", "hops")
+
+
 def score_row(row):
-    """Scores and costs of one result row by the names of `evaluate`; None where the row cannot tell."""
-    golds, routes, cost = golds_of(row), gold_routes(row), row.get("cost", {})  # rows of others have no cost
-    _, recall, f1 = answer_scores(predicted(row), golds)
-    accuracy = None
-    if routes and row.get("method") == "router":
-        chosen = [plan["retriever"][0] for plan in plans_of(row) if "fault" not in plan]
-        accuracy = sum(map(str.__eq__, chosen, routes)) / max(len(chosen), len(routes))
-    tokens = cost["prompt_tokens"] + cost["generated_tokens"] if cost else None
-    seconds = cost["seconds_model"] + cost["seconds_search"] if cost else None
-    return {"f1_recall": recall, "em": exact_match(predicted(row), golds), "f1": f1, "route_accuracy": accuracy,
-            "malformed": cost.get("malformed"), "retrievals": cost.get("retrievals"),
-            "gold_retrievals": len(routes) - 1 if routes else None, "model_calls": cost.get("model_calls"),
-            "tokens": tokens, "seconds": seconds, "too_long": cost.get("too_long")}
+    """The MEASURES of one result row, None where it cannot tell, and what it is grouped by (GROUPINGS)."""
+    golds, routes, answer = golds_of(row), gold_routes(row), predicted(row)
+    _, recall, f1 = answer_scores(answer, golds)
+    score = dict.fromkeys(MEASURES) | {"f1_recall": recall, "em": exact_match(answer, golds), "f1": f1}
+    score |= {"set": row.get("set"), "kind": row.get("kind"), "hops": None}
+    try:
+        if routes:
+            score |= {"hops": len(routes) - 1, "gold_retrievals": len(routes) - 1}
+        if routes and row.get("method") in ROUTING:
+            chosen = [plan["retriever"][0] for plan in plans_of(row) if "fault" not in plan]
+            score["route_accuracy"] = sum(map(str.__eq__, chosen, routes)) / max(len(chosen), len(routes))
+        if cost := row.get("cost"):  # rows of others have none
+            names = ("prompt_tokens", "generated_tokens", "seconds_model", "seconds_search")
+            read, written, model, search = (float(cost[name]) for name in names)
+            score |= {name: float(cost[name]) for name in ("retrievals", "model_calls", "malformed", "too_long")}
+            score |= {"tokens": read + written, "tokens_read": read, "tokens_written": written,
+                      "seconds": model + search, "seconds_model": model, "seconds_search": search}
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"plans or cost are not those of a result row ({type(error).__name__}: {error})") from None
+    return score
+
+
+def means(scores, resamples=1000):
+    """{"n", each of MEASURES: mean over the rows that know it, "ci": {measure: [low, high]}} of `score_row`'s results.
+
+    The 95 % intervals are percentiles of the bootstrap over questions (Efron 1979), always drawn from seed 0.
+    """
+    n = len(scores)
+    values = np.array([[score[name] for name in MEASURES] for score in scores], dtype=float)  # (N, measures), None: nan
+    values = values[np.lexsort(values.T[::-1])]              # the order of the rows in a file makes no difference
+    known = ~np.isnan(values)
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=resamples)        # how often each row is
+    drawn = np.concatenate([np.ones((1, n)), drawn])         # (1 + resamples, N), the first draw is the rows themselves
+    with np.errstate(invalid="ignore"):                      # 0 / 0 = nan: none of the drawn rows knows the measure
+        found = drawn @ np.where(known, values, 0) / (drawn @ known)                         # (1 + resamples, measures)
+    result = {"n": n, **dict.fromkeys(MEASURES), "ci": dict.fromkeys(MEASURES)}
+    for i in np.flatnonzero(known.any(axis=0)):
+        low, high = np.nanpercentile(found[1:, i], (2.5, 97.5))
+        mean, low, high = (float(f"{x:.6g}") for x in (found[0, i], low, high))
+        result[MEASURES[i]], result["ci"][MEASURES[i]] = mean, [low, high]
+    return result
+
+
+def score_table(trajectories):
+    """Means of Trajectories or result rows of a method: of all, then of each set, kind and number of hops.
+
+    A row is {"method", "by": "all" or one of GROUPINGS, "group": its name, **means}. `route_accuracy`: chosen against
+    gold routes, both ending in None, place by place over the longer of the two. Costs are those of a question.
+    """
+    rows = [row if isinstance(row, dict) else result_row(row) for row in trajectories]
+    if not rows:
+        raise ValueError("nothing to evaluate: there are no result rows")
+    scores = [score_row(row) for row in rows]
+    groups = {("all", ""): scores}
+    for by in GROUPINGS:
+        for name in sorted({str(score[by]) for score in scores if score[by] is not None}):
+            groups[by, name] = [score for score in scores if str(score[by]) == name]
+    method = rows[0].get("method", "given")
+    return [{"method": method, "by": by, "group": name, **means(some)} for (by, name), some in groups.items()]
 
 
 def evaluate(trajectories):
-    """Means over Trajectories or result rows: scores from 0 to 1, costs a question, None where no row can tell.
+    """The `score_table` as one object: the means of all, and F1-Recall as {"by_kind": {kind: it}} and so on."""
+    return overview(score_table(trajectories))
 
-    `route_accuracy`: chosen against gold routes, both ending in None, place by place over the longer of the two.
-    `malformed` and `too_long` steps, `retrievals`, `model_calls`, `tokens` read and written, `seconds`: all a question.
+
+def overview(table):
+    total, *groups = table
+    by = {f"by_{by}": {row["group"]: row["f1_recall"] for row in groups if row["by"] == by} for by in GROUPINGS}
+    return {name: value for name, value in total.items() if name not in ("by", "group")} | by
+
+
+def steps_of(row, prompts):
+    """The steps of a published step file from a result row of a method in ROUTING, none of whose steps is malformed.
+
+    The problems are those that the model was given, byte for byte; the answers are its own.
     """
-    rows = [row if isinstance(row, dict) else result_row(row) for row in trajectories]
-    scores = [score_row(row) for row in rows]
+    question, image, history, steps = row["question"], row.get("image") is not None, list(row.get("former", ())), []
 
-    def mean(values):
-        known = [value for value in values if value is not None]
-        return round(sum(known) / len(known), 4) if known else None
+    def add(kind, problem, said, answer):
+        steps.append({"step_type": "ret" if kind == "route" else "ans", "problem": problem, "system": prompts[kind],
+                      "answer": answer, "thought": said["thought"]})
 
-    def by(key):
-        groups = {}
-        for row, score in zip(rows, scores):
-            if key(row) is not None:
-                groups.setdefault(key(row), []).append(score["f1_recall"])
-        return {str(name): mean(groups[name]) for name in sorted(groups, key=str)}
+    for plan in plans_of(row):
+        query, route = plan["query"], plan["retriever"][0]
+        add("route", route_problem(question, history, image), plan,
+            {"query": NONE.lower() if route == NONE else query, "retriever": [route.lower()]})
+        if route != NONE:
+            evidence = {base: plan.get(prefix, ()) for base, prefix in PREFIX.items()}
+            add("answer", answer_problem(query, evidence, image), plan["answer"], plan["answer"]["answer"])
+            history.append((query, plan["answer"]["answer"]))
+    add("final", final_problem(question, history, image), row["llm_answer"], [row["llm_answer"]["answer"]])
+    return steps
 
-    names = list(scores[0]) if scores else []
-    return {"method": rows[0].get("method", "given") if rows else None, "n": len(rows),
-            **{name: mean(score[name] for score in scores) for name in names},
-            "by_kind": by(lambda row: row.get("kind")),
-            "by_hops": by(lambda row: None if row.get("hops") is None else len(row["hops"]))}
+
+def step_output(step):
+    """The right output of a step of a published step file, as text."""
+    thought, answer = step.get("thought", ""), step["answer"]
+    if step["step_type"] == "ret":
+        base = BASE_OF.get(answer["retriever"][0].strip().lower())
+        return render_route(thought, answer["query"].strip() if base else NONE, ROUTES[base] if base else NONE)
+    return render_answer(thought, (answer[0] if isinstance(answer, list) else answer).strip())
+
+
+def step_kinds(steps):
+    """Kinds of the steps of a published trajectory: "route" for ret, "answer" for ans, "final" for the last one."""
+    kinds = ["route" if step["step_type"] == "ret" else "answer" for step in steps]
+    return kinds[:-1] + ["final"]
+
+
+def with_demonstrations(prompts, trajectories):
+    """{"fewshot route", "fewshot answer", "fewshot final"}: system prompts, each followed by what is asked and replied
+    at its kind of step in the `trajectories` of a step file. Their pictures are not shown, the marker is."""
+    texts = {kind: prompts[kind] for kind in ("route", "answer", "final")}
+    for steps in trajectories:
+        for kind, step in zip(step_kinds(steps), steps):
+            texts[kind] += f"\n\nExample:\n{step['problem']}\nReply:\n{step_output(step)}"
+    return {f"fewshot {kind}": text for kind, text in texts.items()}
+
+
+def demonstrations():
+    """Trajectories for an untrained model: two hops from a picture, two in text and table, and none."""
+    def plan(thought, query=NONE, base=None, evidence=(), found_thought="", found=""):
+        asked = {"thought": thought, "query": query, "retriever": [ROUTES.get(base, NONE)]}
+        answer = {"thought": found_thought, "answer": found}
+        return asked | ({PREFIX[base]: list(evidence), "answer": answer} if base else {})
+
+    def row(question, image, *plans, thought, answer):
+        numbered = {f"plan_{i}": plan for i, plan in enumerate(plans, 1)}
+        return {"question": question, "image": image, **numbered, "llm_answer": {"thought": thought, "answer": answer}}
+
+    rows = [
+        row("Which river flows through the city where this tower stands?", "tower.jpg",
+            plan("The tower in the picture has to be recognised first, to know its city.",
+                 "In which city does this tower stand?", "image", ["The Eiffel Tower in Paris at dusk."],
+                 "The caption of the picture that looks like this one names the city.", "Paris"),
+            plan("The city is Paris. Its river is missing.", "Which river flows through Paris?", "text",
+                 ["Paris is the capital of France and lies on the Seine.", "Lyon lies where two rivers meet."],
+                 "The first passage says that Paris lies on the Seine.", "Seine"),
+            plan("City and river are known, nothing is missing."),
+            thought="The tower stands in Paris, through which the Seine flows.", answer="Seine"),
+        row("How many metres high is the highest mountain of Japan?", None,
+            plan("The mountain has to be named before its height can be looked up.",
+                 "Which is the highest mountain of Japan?", "text", ["Mount Fuji is the highest mountain of Japan."],
+                 "The passage names the mountain.", "Mount Fuji"),
+            plan("The height of Mount Fuji is a number of a table.", "How many metres high is Mount Fuji?", "table",
+                 ["[Title] Mountains of Japan[Header] name[sep] metres[Rows][Row] Mount Fuji[sep] 3776"],
+                 "The row of Mount Fuji says 3776.", "3776"),
+            plan("The height is known, nothing is missing."),
+            thought="Mount Fuji, the highest mountain of Japan, is 3776 metres high.", answer="3776"),
+        row("How many minutes do two hours have?", None,
+            plan("This needs no search: an hour has 60 minutes."),
+            thought="Two hours have 2 times 60 minutes, which are 120.", answer="120")]
+    return [steps_of(row, PROMPTS) for row in rows]
 
 
 # -------------------------------------------------------------------------------------------------------------- 5 files
@@ -776,14 +949,19 @@ def read_rows(path, check, limit=None):
 def load_questions(path, images=None, limit=None):
     """Question rows of any of the published sets or of a world -> (rows, faults).
 
-    `image` becomes a path that opens, found in the folder `images` (by image_id) or beside the file, or None; `line`
-    is added.
+    `image` becomes a path that opens, found in the folder `images` (by image_id) or beside the file, or None; `set`
+    (the file's name, or its folder's where that says more) and `line` are added.
     """
+    path = Path(path)
+    name = path.absolute().parent.name if path.stem == "questions" else path.stem
+
     def check(row, number):
         if not isinstance(row.get("question"), str) or not row["question"].strip():
             raise ValueError("empty question: give it some words")
-        golds_of(row), gold_routes(row)
-        return {**row, "image": picture_of(row, Path(path).parent, images), "line": number}
+        golds_of(row)
+        gold_routes(row)
+        json.dumps(row, ensure_ascii=False).encode()  # a half of a surrogate pair could not be written to the results
+        return {**row, "image": picture_of(row, path.parent, images), "set": name, "line": number}
     return read_rows(path, check, limit)
 
 
@@ -802,13 +980,28 @@ def picture_of(row, folder, images):
     return str(path)
 
 
+def load_steps(path, limit=None):
+    """Trajectories of a published step file: lists of {"step_type", "problem", "system", "answer"}."""
+    def check(row, number):
+        try:
+            for step in row["steps"]:
+                if not isinstance(step["problem"], str) or not isinstance(step["system"], str):
+                    raise TypeError("a problem or system prompt that is no text")
+                step_output(step)
+            return row["steps"]
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"no row of a step file ({type(error).__name__}: {error}): expected {{'images', 'steps'}} "
+                             "with 'step_type', 'problem', 'system', 'answer' in each step") from None
+    return read_rows(path, check, limit)[0]
+
+
 def load_prompts(path):
     """System prompts {"route", "answer", "final"} of a prompts.json or of a published step file (.jsonl)."""
     if Path(path).suffix == ".jsonl":
         prompts = {}
-        for row in read_rows(path, lambda row, number: row)[0]:
-            for kind, step in zip(step_kinds(row["steps"]), row["steps"]):
-                prompts.setdefault(kind, step.get("system"))
+        for steps in load_steps(path):
+            for kind, step in zip(step_kinds(steps), steps):
+                prompts.setdefault(kind, step["system"])
     else:
         try:
             prompts = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -817,12 +1010,6 @@ def load_prompts(path):
     if not isinstance(prompts, dict) or not all(k in PROMPTS and isinstance(v, str) for k, v in prompts.items()):
         raise ValueError(f"{path}: expected system prompts as strings under the names {', '.join(PROMPTS)}")
     return prompts
-
-
-def step_kinds(steps):
-    """Kinds of the steps of a published trajectory: "route" for ret, "answer" for ans, "final" for the last one."""
-    kinds = ["route" if step["step_type"] == "ret" else "answer" for step in steps]
-    return kinds[:-1] + ["final"]
 
 
 def load_bases(named):
@@ -855,8 +1042,9 @@ def embedded_world(name, split, seed, questions):
     folder = HERE / "data" / name
     if not (folder / "questions.jsonl").is_file():
         print(f"writing the embedded world to {folder} ...", file=sys.stderr)
-        command = [sys.executable, str(HERE / "world.py"), "--split", split, "--seed", str(seed), "--questions", str(questions)]
-        if subprocess.run([*command, "--out", str(folder)], stdout=sys.stderr).returncode:
+        command = [sys.executable, str(HERE / "world.py"), "--split", split, "--seed", str(seed)]
+        command += ["--questions", str(questions), "--out", str(folder)]
+        if subprocess.run(command, stdout=sys.stderr).returncode:
             raise ValueError(f"world.py could not write {folder}: see its message above")
     return folder
 
@@ -867,7 +1055,7 @@ def earlier_rows(path, run):
     whole = data[:data.rfind(b"\n") + 1]
     try:
         rows = [json.loads(line) for line in whole.splitlines()]
-        ours = all(row["run"] == run for row in rows) and bool(rows) == bool(data)
+        ours = all(row["run"] == run and row["llm_answer"] for row in rows) and bool(rows) == bool(data)
     except (ValueError, KeyError, TypeError):
         ours = False
     if not ours:
@@ -877,12 +1065,55 @@ def earlier_rows(path, run):
     return rows
 
 
+def write_whole(path, text):
+    """Writes a file beside its place, then renames it: nobody reads half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
+def write_table(path, rows, form):
+    """Rows of `score_table` as JSONL, or with `form` "csv" as CSV, the intervals then in columns of their own."""
+    text = io.StringIO()
+    if form == "csv":
+        ends = [(name, i, f"{name}_{end}") for name in MEASURES for i, end in enumerate(("low", "high"))]
+        columns = [name for name in rows[0] if name != "ci"] + [column for _, _, column in ends]
+        out = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+        out.writeheader()
+        out.writerows(row | {column: (row["ci"][name] or ("", ""))[i] for name, i, column in ends} for row in rows)
+    else:
+        text.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_whole(path, text.getvalue())
+
+
+def write_steps(path, rows, prompts, keep):
+    """Result rows of methods in ROUTING as a published step file, pictures named from its folder; how many were kept.
+
+    `keep` "correct" is rejection sampling: only trajectories whose answer has a recall of 1. Those with a malformed
+    step have no place in such a file.
+    """
+    kept, folder = [], Path(path).parent.resolve()
+    for row in rows:
+        well_formed = not row["cost"]["malformed"] and not row["cost"]["too_long"]
+        if well_formed and (keep == "all" or answer_scores(predicted(row), golds_of(row))[1] == 1):
+            images = [os.path.relpath(Path(row["image"]).resolve(), folder)] if row.get("image") else []
+            kept.append(json.dumps({"images": images, "steps": steps_of(row, prompts)}, ensure_ascii=False) + "\n")
+    if not kept:
+        raise ValueError(f"{path} was not written: none of {len(rows)} trajectories is well formed" +
+                         (" and correct: raise --temperature, or --keep all" if keep == "correct" else ""))
+    write_whole(path, "".join(kept))
+    return len(kept)
+
+
 # ---------------------------------------------------------------------------------------------------- 6 what people see
 
-COLUMNS = (("F1-Recall", "f1_recall", ".3f"), ("exact", "em", ".3f"), ("F1", "f1", ".3f"),
+COLUMNS = (("F1-Recall", "f1_recall", ".3f"), ("95 %", "ci", ".3f"), ("exact", "em", ".3f"), ("F1", "f1", ".3f"),
            ("routing", "route_accuracy", ".3f"), ("retrievals", "retrievals", ".2f"),
            ("gold", "gold_retrievals", ".2f"), ("malformed", "malformed", ".3f"), ("calls", "model_calls", ".2f"),
-           ("tokens", "tokens", ".0f"), ("seconds", "seconds", ".3f"))
+           ("read", "tokens_read", ".0f"), ("written", "tokens_written", ".0f"), ("model s", "seconds_model", ".3f"),
+           ("search s", "seconds_search", ".4f"))
 
 
 def print_table(rows):
@@ -893,18 +1124,34 @@ def print_table(rows):
     print()
 
 
-def print_results(results):
-    """Scores and costs a question with a line a method; then F1-Recall by kind and by hops with a column a method."""
-    def cell(value, form=".3f"):
-        return "-" if value is None else format(value, form)
+def cell(value, form=".3f"):
+    """A number, or the two of an interval; "-" for None."""
+    if isinstance(value, list):
+        return "-".join(cell(end, form) for end in value)
+    return "-" if value is None else format(value, form)
 
-    print_table([["method", "n", *(title for title, _, _ in COLUMNS)]]
-                + [[r["method"], str(r["n"]), *(cell(r[name], form) for _, name, form in COLUMNS)] for r in results])
-    for title, name in (("F1-Recall by kind", "by_kind"), ("F1-Recall by hops", "by_hops")):
-        groups = sorted({group for r in results for group in r[name]})
-        if groups:
-            print_table([[title, *(r["method"] for r in results)]]
-                        + [[group, *(cell(r[name].get(group)) for r in results)] for group in groups])
+
+def cells(row):
+    """A row of `score_table` as it is printed, behind its name."""
+    return [str(row["n"]), *(cell(row["ci"]["f1_recall"] if name == "ci" else row[name], form)
+                             for _, name, form in COLUMNS)]
+
+
+def print_results(tables):
+    """A line a method: scores and costs a question. Then the same by set, kind and hops; where there are several
+    methods, F1-Recall with a column for each."""
+    head, methods = ["n", *(title for title, _, _ in COLUMNS)], [table[0]["method"] for table in tables]
+    print_table([["method", *head], *([table[0]["method"], *cells(table[0])] for table in tables)])
+    for by in GROUPINGS:
+        found = [{row["group"]: row for row in table if row["by"] == by} for table in tables]
+        names = sorted(set().union(*found))
+        if by == "set" and len(names) < 2:
+            continue
+        if names and len(tables) == 1:
+            print_table([[f"by {by}", *head], *([name, *cells(found[0][name])] for name in names)])
+        elif names:
+            print_table([[f"F1-Recall by {by}", *methods],
+                         *([name, *(cell(rows.get(name, {}).get("f1_recall")) for rows in found)] for name in names)])
 
 
 def has_colour():
@@ -974,6 +1221,74 @@ class Progress:
             self.next = now + 5
 
 
+CHAT_HELP = """A line is a question, which sees the question and answer before it. Commands:
+  :image FILE   a picture for the questions that follow; :image alone takes it away
+  :base NAME    ask text, image or table only; :base alone lets the model choose again
+  :trace        show the steps of each answer, or stop showing them
+  :new          forget the question before, as a new picture does too
+  :help  :quit"""
+
+
+class Chat:
+    """Questions and commands from the terminal or a pipe. With `as_json`, a result row a question and nothing else.
+
+    A follow-up has the exchange before it as `former` (see Router.run): a method that routes goes on from there.
+    """
+
+    def __init__(self, make_router, method, image, as_json):
+        self.make_router, self.usual, self.as_json = make_router, method, as_json
+        self.router, self.image, self.former, self.trace = make_router(method=method), None, (), False
+        self.command("image", image or "")
+
+    def run(self):
+        """Until :quit, the end of the input, or Ctrl-C. A mistake is told in one line and the chat goes on."""
+        sys.stdin.reconfigure(errors="replace")
+        if not self.as_json:
+            print(CHAT_HELP)
+        try:
+            while (line := input("> " if sys.stdin.isatty() else "").strip()) != ":quit":
+                try:
+                    if line.startswith(":"):
+                        self.command(*line[1:].partition(" ")[::2])
+                    elif line:
+                        self.ask(line)
+                except (ValueError, OSError) as error:
+                    print(f"infer.py: {error}", file=sys.stderr)
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+
+    def command(self, name, value):
+        value = value.strip()
+        if name == "image":
+            value = os.path.expanduser(value)
+            if value:
+                load_picture(value)
+            self.image, self.former = value or None, ()
+        elif name == "base":
+            if value and value not in BASES:
+                raise ValueError(f":base {value}: give one of {', '.join(BASES)}, or nothing")
+            self.router = self.make_router(method=value or self.usual)
+        elif name == "trace":
+            self.trace = not self.trace
+        elif name == "new":
+            self.former = ()
+        elif name == "help":
+            print(CHAT_HELP)
+        else:
+            raise ValueError(f":{name}: no such command, :help names them")
+
+    def ask(self, question):
+        [trajectory] = self.router.run([{"question": question, "image": self.image, "former": self.former}])
+        row = result_row(trajectory)
+        self.former = [(question, trajectory.answer)] if trajectory.answer else ()
+        if self.as_json:
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+        elif self.trace:
+            print_trace(row)
+        else:
+            print_line("answer", predicted(row) or "(none)", "1")
+
+
 # -------------------------------------------------------------------------------------------------- 7 command line
 
 class OneLineParser(argparse.ArgumentParser):
@@ -994,49 +1309,81 @@ def parse_flags(argv):
     p.add_argument("--kb", nargs="+", default=[], metavar="NAME=DIR", help="bases: text=DIR image=DIR table=DIR")
     p.add_argument("--question", help="answer this question")
     p.add_argument("--image", help="its picture")
-    p.add_argument("--eval", metavar="FILE", help="evaluate the questions of a JSONL file (default: the world's)")
+    p.add_argument("--chat", action="store_true", help="questions and follow-ups from the terminal; :help says more")
+    p.add_argument("--eval", nargs="+", metavar="FILE", help="evaluate the questions of JSONL files (the world's)")
     p.add_argument("--images", metavar="DIR", help="folder of their pictures")
     p.add_argument("--method", nargs="+", default=[], metavar="NAME", help=f"one or more of {', '.join(METHODS)}")
     p.add_argument("--out", metavar="FILE", help="write result rows there; the same command again continues")
-    p.add_argument("--score", metavar="FILE", help="score the rows of an existing result file")
+    p.add_argument("--score", nargs="+", metavar="FILE", help="score the rows of existing result files")
+    p.add_argument("--csv", metavar="FILE", help="write the table by set, kind and hops, with its intervals, as CSV")
+    p.add_argument("--jsonl", metavar="FILE", help="write it as JSONL")
+    p.add_argument("--write-steps", metavar="FILE", help="write the steps of router or fewshot as a file to train on")
+    p.add_argument("--keep", choices=("correct", "all"), default="correct", help="of which trajectories (correct)")
     p.add_argument("--show", type=int, default=0, metavar="N", help="show the steps of N questions of different kinds")
-    p.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    p.add_argument("--limit", type=int, metavar="N", help="only the first N questions of a file")
     for name in ROUTER_FLAGS:
         default = getattr(RouterOptions, name)
         flag = "-k" if name == "k" else "--" + name.replace("_", "-")
         p.add_argument(flag, type=type(default), default=default, metavar="N", help=f"see RouterOptions ({default})")
     p.add_argument("--prompts", metavar="FILE", help="system prompts: a prompts.json or a published step file (.jsonl)")
+    p.add_argument("--demos", metavar="FILE", help="step file whose first rows fewshot shows (our own)")
+    p.add_argument("--shots", type=int, default=2, metavar="N", help="how many rows of --demos (2)")
     p.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
-    p.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads of torch; one is best for the tiny model (default: torch's choice)")
+    p.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 1 is best for the tiny model")
     p.add_argument("--json", action="store_true", help="print JSON only")
     return p.parse_args(argv)
 
 
 def answer_command(args):
-    """Answers one question, or evaluates methods on many; returns the rows that were left out."""
+    """Answers one question, or evaluates methods on many, or chats."""
     methods = args.method or ["router"]
     options = {name: getattr(args, name) for name in ROUTER_FLAGS}
     needed = {base for method in methods for base in METHODS[RouterOptions(method=method, **options).method][1]}
+    if args.write_steps and not set(methods) <= set(ROUTING):
+        raise ValueError(f"--write-steps with --method {' '.join(methods)}: only {' and '.join(ROUTING)} make steps")
     world = Path(args.world) if args.world else None if args.kb else embedded_world("demo", "test", 1000, 200)
-    many = any((args.eval, args.world, args.method, args.limit, args.out, args.show)) and args.question is None
-    questions, faults = many_questions(args, world) if many else ([one_question(args, world)], [])
+    of_many = ("eval", "world", "method", "limit", "out", "show", "csv", "jsonl", "write_steps")
+    many = any(getattr(args, name) for name in of_many) and args.question is None and not args.chat
+    if many:
+        questions, faults = many_questions(args, world)
+        if "oracle" in methods and all(row.get("hops") is None for row in questions):
+            raise ValueError("method oracle: no question of the file has gold hops, leave it out of --method")
+    elif not args.chat:
+        question = one_question(args, world)
     device = usable_device(args.device)
     trained_with = Path(args.model) / "prompts.json"
     prompts = load_prompts(args.prompts or trained_with) if args.prompts or trained_with.is_file() else {}
-    bases = load_bases(args.kb) if args.kb else world_bases(world, [base for base in BASES if base in needed])
+    shown = load_steps(args.demos, args.shots) if args.demos else None
+    wanted = [base for base in BASES if args.chat or base in needed]
+    bases = load_bases(args.kb) if args.kb else world_bases(world, wanted)
     vlm = VLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=device)
-    processor = Processor.from_pretrained(args.model)
-    routers = [Router(vlm, processor, bases, method=method, prompts=prompts, **options) for method in methods]
-    if many:
-        shows = [args.show] + [0] * len(methods)  # the first method's steps are shown
-        results = [evaluate(answer_many(router, questions, args, show)) for router, show in zip(routers, shows)]
-        report([result | {"left_out": len(faults)} for result in results], args.json)
+    router = partial(Router, vlm, Processor.from_pretrained(args.model), bases, prompts=prompts, shown=shown, **options)
+    routers = [router(method=method) for method in methods]
+    if args.chat:
+        Chat(router, methods[0], args.image, args.json).run()
+    elif many:
+        evaluate_command(routers, questions, faults, args)
     else:
         for router in routers:
-            row = result_row(router.run(questions)[0])
+            row = result_row(router.run([question])[0])
             print(json.dumps(row, ensure_ascii=False)) if args.json else print_trace(row)
-    return faults
+
+
+def evaluate_command(routers, questions, faults, args):
+    """Evaluates each router's method on the same questions; `faults`: rows that were left out when they were read."""
+    tables, left_out, answered = [], [], []
+    for router, show in zip(routers, [args.show] + [0] * len(routers)):  # the first method's steps are shown
+        rows, failed = answer_many(router, questions, args, show)
+        if not rows:
+            raise ValueError(failed[0])
+        tables.append(score_table(rows))
+        left_out.append([*faults, *failed])
+        answered += rows
+    report(tables, left_out, args)
+    if args.write_steps:
+        kept = write_steps(args.write_steps, answered, routers[0].prompts, args.keep)
+        print(f"{args.write_steps}: steps of {kept} of {len(answered)} trajectories", file=sys.stderr)
 
 
 def usable_device(name):
@@ -1066,32 +1413,58 @@ def many_questions(args, world):
     """The questions of --eval or of the world, and the rows left out."""
     if args.eval is None and world is None:
         raise ValueError("nothing to evaluate: give --eval FILE beside --kb")
-    return load_questions(args.eval or world / "questions.jsonl", args.images, args.limit)
+    questions, faults, sets = [], [], {}
+    for file in args.eval or [world / "questions.jsonl"]:
+        rows, wrong = load_questions(file, args.images, args.limit)
+        if sets.setdefault(rows[0]["set"], file) != file:
+            raise ValueError(f"--eval: {sets[rows[0]['set']]} and {file} have one name, but it tells sets apart: "
+                             "rename one")
+        questions, faults = questions + rows, faults + wrong
+    return questions, faults
 
 
 def answer_many(router, questions, args, show):
-    """Result rows of all questions, written to --out as they come; those of an earlier run are taken from there.
+    """Result rows of all questions, written to --out as they come, and the faults of those that could not be answered.
 
-    The first `show` questions of different kinds are answered and shown before the others.
+    Rows of an earlier run are taken from --out. The first `show` questions of different kinds are answered and shown
+    before the others.
     """
-    method, rows, run = router.options.method, {}, settings_mark(router, args)
+    method, rows, faults, run = router.options.method, {}, {}, settings_mark(router, args)
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        rows = {row["line"]: row for row in earlier_rows(args.out, run) if row["method"] == method}
-    progress = Progress(method, sum(question["line"] not in rows for question in questions))
-    first = different_kinds(questions, show)
+        rows = {row_key(row): row for row in earlier_rows(args.out, run) if row["method"] == method}
+    progress = Progress(method, sum(row_key(question) not in rows for question in questions))
     with open(args.out or os.devnull, "a", encoding="utf-8") as out:
         def keep(trajectory):
             row = result_row(trajectory) | {"run": run}
-            rows[row["line"]] = row
+            rows[row_key(row)] = row
             print(json.dumps(row, ensure_ascii=False), file=out, flush=True)
             progress.step()
 
-        router.run([question for question in first if question["line"] not in rows], keep)
+        def answer(some):
+            """Runs what is still open. Where a row makes that fail, each half is run, down to the row alone."""
+            some = [question for question in some if row_key(question) not in rows.keys() | faults.keys()]
+            try:
+                router.run(some, keep)
+            except ValueError as error:
+                if len(some) == 1:
+                    faults[row_key(some[0])] = f"{some[0]['set']}:{some[0]['line']}: {error}"
+                else:
+                    answer(some[:len(some) // 2])
+                    answer(some[len(some) // 2:])
+
+        first = different_kinds(questions, show)
+        answer(first)
         for question in first if not args.json else ():
-            print_trace(rows[question["line"]])
-        router.run([question for question in questions if question["line"] not in rows], keep)
-    return [rows[question["line"]] for question in questions]
+            if row_key(question) in rows:
+                print_trace(rows[row_key(question)])
+        answer(questions)
+    return [rows[row_key(question)] for question in questions if row_key(question) in rows], list(faults.values())
+
+
+def row_key(row):
+    """Which question of a run a row is."""
+    return row["set"], row["line"]
 
 
 def different_kinds(questions, n):
@@ -1115,38 +1488,50 @@ def settings_mark(router, args):
 
 
 def score_command(args):
-    """Scores an existing result file, a line a method; returns the rows that were left out."""
-    rows, faults = read_rows(args.score, lambda row, number: row if score_row(row) else None)
-    methods = dict.fromkeys(row.get("method") for row in rows)
-    results = [evaluate([row for row in rows if row.get("method") == method]) for method in methods]
-    report([result | {"left_out": len(faults)} for result in results], args.json)
-    return faults
+    """Scores existing result files, a line a method; the set of others' rows is named after their file."""
+    methods, faults = {}, []
+    if args.write_steps:
+        raise ValueError("--write-steps goes with answering questions: leave out --score")
+    for file in args.score:
+        def check(row, number):
+            row = {"set": Path(file).stem, **row}
+            score_row(row)
+            return row
+        rows, wrong = read_rows(file, check, args.limit)
+        faults += wrong
+        for row in rows:
+            methods.setdefault(str(row.get("method", "given")), []).append(row)
+    report([score_table(rows) for rows in methods.values()], [faults] * len(methods), args)
 
 
-def report(results, only_json):
-    """Tables, then a JSON object a method as the last lines."""
-    if not only_json:
-        print_results(results)
-    for result in results:
-        print(json.dumps(result, ensure_ascii=False))
+def report(tables, left_out, args):
+    """Tables, the rows left out, and a JSON object a method as the last lines."""
+    for flag, path in (("csv", args.csv), ("jsonl", args.jsonl)):
+        if path:
+            write_table(path, [row for table in tables for row in table], flag)
+    if not args.json:
+        print_results(tables)
+    for fault in dict.fromkeys(fault for faults in left_out for fault in faults):
+        print(f"infer.py: left out: {fault}", file=sys.stderr)
+    for table, faults in zip(tables, left_out):
+        print(json.dumps(overview(table) | {"left_out": len(faults)}, ensure_ascii=False))
 
 
 def main(argv=None):
-    """Runs a command. Exit code 2 after a user's mistake or where rows had to be left out, 130 after Ctrl-C."""
+    """Runs a command. Exit code 0 where there is a result, even if rows were left out; 2 after a user's mistake, 130
+    after Ctrl-C."""
     try:
         args = parse_flags(argv)
         if args.threads > 0:
             torch.set_num_threads(args.threads)
-        faults = score_command(args) if args.score else answer_command(args)
+        score_command(args) if args.score else answer_command(args)
     except (ValueError, OSError) as error:
         print(f"infer.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninfer.py: stopped; with --out, the same command continues", file=sys.stderr)
         return 130
-    for fault in faults:
-        print(f"infer.py: left out: {fault}", file=sys.stderr)
-    return 2 if faults else 0
+    return 0
 
 
 if __name__ == "__main__":

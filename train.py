@@ -11,9 +11,9 @@ Reading order: sft, then grpo (each on one screen), Online and balanced, accumul
 Legend of shapes
     B examples of a batch   T tokens of a row   N groups of a micro-batch   n outputs of a group (G)   L response tokens
 
-A run is a folder: options.json, log.jsonl (a line a step), and checkpoints `last` and `best`, each an ordinary model
-directory with the optimizer's state beside the weights. A run that was stopped goes on from `last` as if it had not
-been; that is exact on the CPU.
+A run is a folder: options.json, log.jsonl (a line a step), samples.jsonl (some groups of grpo), and checkpoints `last`
+and `best`, each an ordinary model directory with the optimizer's state beside the weights. A run that was stopped goes
+on from `last` as if it had not been; that is exact on the CPU.
 
 Deviations from the paper and from the released code, with the reason
     * The warm start's targets carry a thought: published step files have none, so a step without one is trained with an
@@ -46,13 +46,14 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from grpo import RewardOptions, answer_reward, group_advantages, grpo_loss, similarity_table, step_reward
-from infer import (BASES, IMAGE, ROUTES, Candidate, OneLineParser, Router, Search, answer_scores, conversation, embedded_world, evaluate,
-                   golds_of, load_prompts, load_questions, parse_step, render_answer, render_route, world_bases)
+from infer import (BASES, IMAGE, ROUTES, Candidate, OneLineParser, RouteStep, Router, Search, answer_scores,
+                   conversation, embedded_world, evaluate, golds_of, in_budget, load_prompts, load_questions,
+                   parse_step, render_answer, render_route, world_bases)
 from model import VLM, Processor, add_lora, load_adapter, lora_disabled, merge_lora, read_json, save_adapter, write_json
 from retrieve import load_encoder
 
 
-# ---------------------------------------------------------------------------------------------------------------------- options
+# -------------------------------------------------------------------------------------------------------------- options
 
 
 def option(default, text, **more):
@@ -63,13 +64,13 @@ def option(default, text, **more):
 @dataclass(frozen=True)
 class Options:
     """Options that every kind of training has. Each becomes a flag of the same name."""
-    model: str = option("weights/tiny-warm", "model directory to start from; one without weights starts from random ones")
-    out: str = option("runs/run", "folder of the run: options, log, checkpoints; an unfinished run there is continued")
+    model: str = option("weights/tiny-warm", "model directory to start from; without weights in it, from random ones")
+    out: str = option("runs/run", "folder of the run: options, log, checkpoints; an unfinished one is continued")
     seed: int = option(0, "seed of everything that is random")
     steps: int = option(1000, "number of updates")
     learning_rate: float = option(5e-4, "peak of the learning rate")
     warmup: int = option(10, "updates over which the learning rate rises to its peak")
-    decay: float = option(0.5, "share of the run, at its end, over which the rate falls linearly to a tenth; 0 keeps it")
+    decay: float = option(0.5, "share of the run, at its end, over which the rate falls to a tenth; 0 keeps it")
     weight_decay: float = option(0.01, "AdamW's decay of matrices (not of norms and biases)")
     beta1: float = option(0.9, "AdamW's memory of the gradient")
     beta2: float = option(0.98, "AdamW's memory of the squared gradient")
@@ -79,10 +80,13 @@ class Options:
                         choices=("float32", "bfloat16"))
     checkpointing: bool = option(False, "compute activations again in the backward pass instead of keeping them")
     threads: int = option(0, "CPU threads of torch; 0 leaves torch's choice")
+    clock: str = option("wall", "what --minutes and the seconds of the log count: time on the wall, or time of the "
+                        "processor, which other work on the machine hardly changes", choices=("wall", "cpu"))
     save_every: int = option(200, "updates between checkpoints")
     log_every: int = option(10, "updates between lines on the screen; the log file has every one")
     minutes: float = option(0.0, "end after this many minutes, whatever --steps says; 0: no limit")
-    val_world: str = option("", "a world to validate on through the router, for the choice of the best checkpoint; by default the embedded one")
+    val_world: str = option("", "a world to validate on through the router, for the choice of the best checkpoint; by "
+                            "default the embedded one")
     val_every: int = option(0, "updates between validations; 0: none")
     val_questions: int = option(260, "questions of a validation")
 
@@ -90,9 +94,11 @@ class Options:
 @dataclass(frozen=True)
 class SftOptions(Options):
     """Options of supervised training."""
-    data: tuple = option((), "step files, each may carry its share of the examples: steps.jsonl=3 copy.jsonl=1", nargs="+")
-    tokens: int = option(1280, "token budget of a batch, padding included")
-    previous_token_head: bool = option(False, "start from random weights with one head of the first layers attending to the token before")
+    data: tuple = option((), "step files, each may carry its share of the examples: steps.jsonl=3 copy.jsonl=1",
+                         nargs="+")
+    tokens: int = option(1536, "token budget of a batch, padding included")
+    previous_token_head: bool = option(False, "start from random weights with one head of the first layers attending "
+                                       "to the token before")
 
 
 def parse_options(cls, words):
@@ -111,7 +117,7 @@ def parse_options(cls, words):
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-# -------------------------------------------------------------------------------------------------------------- step files as examples
+# ----------------------------------------------------------------------------------------------- step files as examples
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ class StepExample:
     kind: str                                             # "ret" or "ans"
     system: str
     problem: str
-    answer: object                                        # {"query", "retriever"} of a routing step, text or list of accepted texts otherwise
+    answer: object               # {"query", "retriever"} of a routing step, text or list of accepted texts otherwise
     thought: str
     images: tuple                                         # paths
 
@@ -147,7 +153,8 @@ class StepExample:
 
 
 def read_steps(path):
-    """Read a step file into a list of trajectories, each a list of StepExample. ValueError names file and line of a row that does not fit."""
+    """Read a step file into a list of trajectories, each a list of StepExample. ValueError names file and line of a row
+    that does not fit."""
     path, rows = Path(path), []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -159,32 +166,35 @@ def read_steps(path):
         try:
             row = json.loads(line)
             images = tuple(str(path.parent / i) for i in row.get("images") or ())
-            steps = [StepExample(s["step_type"], s["system"], s["problem"], s["answer"], s.get("thought", ""), images) for s in row["steps"]]
-            bad = [s for s in steps if s.kind not in ("ret", "ans") or (s.kind == "ret") != isinstance(s.answer, dict) or not s.answer]
+            steps = [StepExample(s["step_type"], s["system"], s["problem"], s["answer"], s.get("thought", ""), images)
+                     for s in row["steps"]]
+            fits = lambda s: s.kind in ("ret", "ans") and (s.kind == "ret") == isinstance(s.answer, dict) and s.answer
+            bad = [s for s in steps if not fits(s)]
             if bad or not steps:
                 raise KeyError(f"step_type {bad[0].kind!r} with answer {str(bad[0].answer)[:60]!r}" if bad else "steps")
             rows.append(steps)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{path}, line {number}: expected {{\"images\", \"steps\": [{{\"step_type\": ret|ans, \"problem\", \"system\", "
-                             f"\"answer\"}}]}} ({type(e).__name__}: {e})") from None
+            raise ValueError(f"{path}, line {number}: expected {{\"images\", \"steps\": [{{\"step_type\": ret|ans, "
+                             f"\"problem\", \"system\", \"answer\"}}]}} ({type(e).__name__}: {e})") from None
     if not rows:
         raise ValueError(f"{path}: no rows")
     return rows
 
 
 class Mixture:
-    """Endless batches from several files, each file drawn in proportion to its share and without repetition within an epoch.
+    """Endless batches from several files, each file drawn in proportion to its share and without repetition within an
+    epoch.
 
-    Batch (pool, i) depends on the seed alone, so a run continues at the same place. Examples of a pool are sorted by length before they
-    are cut into batches, so that little is padded; the order of the batches is shuffled again.
+    Batch (pool, i) depends on the seed alone, so a run continues at the same place. Examples of a pool are sorted by
+    length before they are cut into batches, so that little is padded; the order of the batches is shuffled again.
     """
     POOL = 1024
 
-    def __init__(self, sources, tokens, seed):
-        """sources: list of (name, examples, share); tokens: budget of a batch."""
+    def __init__(self, sources, length, tokens, seed):
+        """sources: list of (name, examples, share); length(example): its tokens; tokens: budget of a batch."""
         total = sum(share for _, _, share in sources)
         self.sources = [(name, examples, max(1, round(self.POOL * share / total))) for name, examples, share in sources]
-        self.tokens, self.seed, self.orders = tokens, seed, {}
+        self.length, self.tokens, self.seed, self.orders = length, tokens, seed, {}
 
     def drawn(self, name, examples, i):
         """The i-th draw from a file: every epoch is another permutation."""
@@ -197,34 +207,39 @@ class Mixture:
 
     def batches(self, pool):
         """The batches of a pool, each a list of StepExample."""
-        drawn = [self.drawn(name, examples, pool * count + i) for name, examples, count in self.sources for i in range(count)]
-        length = lambda e: len(e.problem) // 3 + 60 * len(e.images)       # a guess is enough for sorting
-        drawn.sort(key=length)
-        batches, rng = [], random.Random(f"{self.seed} pool {pool}")
-        size = max(1, self.tokens // 64)
-        for start in range(0, len(drawn), size):
-            batches.append(drawn[start:start + size])
-        rng.shuffle(batches)
+        drawn = [self.drawn(name, examples, pool * count + i)
+                 for name, examples, count in self.sources for i in range(count)]
+        batches = in_budget(drawn, self.length, self.tokens)
+        random.Random(f"{self.seed} pool {pool}").shuffle(batches)
         return batches
 
 
+def encoded(processor, example):
+    """An example -> its prompt, (ids, patches, grids), and the ids of its target, the end of turn included."""
+    return processor.prompt(example.conversation()), processor.encode(example.target()) + [processor.eos_ids[0]]
+
+
+def count_tokens(processor, example):
+    """Tokens of an example, prompt and target."""
+    (ids, _, _), response = encoded(processor, example)
+    return len(ids) + len(response)
+
+
 def make_batch(processor, examples, max_positions, device):
-    """Prompts and targets side by side: [prompt | target | eos], left-padded. Returns the model's inputs, the mask (B, T) of the target tokens,
-    and how many examples were too long to be used."""
-    prompts, responses, too_long = [], [], 0
-    for e in examples:
-        ids, patches, grids = processor.prompt(e.conversation())
-        response = processor.encode(e.target()) + [processor.eos_ids[0]]
+    """Prompts and targets side by side: [prompt | target | eos], left-padded. Returns the model's inputs, the mask
+    (B, T) of the target tokens, and how many examples were too long to be used."""
+    rows, responses, too_long = [], [], 0
+    for (ids, patches, grids), response in (encoded(processor, e) for e in examples):
         if len(ids) + len(response) > max_positions:
             too_long += 1
             continue
-        prompts.append((ids + response, patches, grids))
+        rows.append((ids + response, patches, grids))
         responses.append(len(response))
-    if not prompts:                                      # a rank's empty share is a row without targets, so it joins in
-        prompts, responses = [([processor.pad_id] * 2, [], [])], [0]
-    batch = processor.batch(prompts)
+    if not rows:                                         # a rank's empty share is a row without targets, so it joins in
+        rows, responses = [([processor.pad_id] * 2, [], [])], [0]
+    batch = processor.batch(rows)
     T = batch["input_ids"].shape[1]
-    mask = torch.arange(T) >= T - torch.tensor(responses)[:, None]        # (B, T): rows end together, so targets are the last tokens
+    mask = torch.arange(T) >= T - torch.tensor(responses)[:, None]        # (B, T): rows end together, targets are last
     return {k: None if v is None else v.to(device) for k, v in batch.items()}, mask.to(device), too_long
 
 
@@ -336,7 +351,10 @@ class RankRouter(Router):
         return outputs
 
 
-# ---------------------------------------------------------------------------------------------------------------------- a run
+# ---------------------------------------------------------------------------------------------------------------- a run
+
+
+LOGS = ("log.jsonl", "samples.jsonl")           # a line an update; whole groups, a few of some updates
 
 
 class Run:
@@ -362,12 +380,14 @@ class Run:
         self.restore(stored)
         if not rank():
             write_json(self.path / "options.json", asdict(options))
-        self.started, self.recent, self.signal = time.time() - self.state["seconds"], [], None
+        self.now = time.process_time if options.clock == "cpu" else time.time
+        self.started, self.recent, self.signal = self.now() - self.state["seconds"], [], None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda which, _: setattr(self, "signal", which))
 
     def steps(self):
-        """The numbers of the updates still to do. Validates and saves between them; a signal ends the run behind the update under way."""
+        """The numbers of the updates still to do. Validates and saves between them; a signal ends the run behind the
+        update under way."""
         self.agree()
         for step in range(self.state["step"], self.o.steps):
             if self.progress(step) >= 1:
@@ -375,18 +395,19 @@ class Run:
             yield step
             self.agree()
             over = step + 1 == self.o.steps or self.progress(step + 1) >= 1
-            best = self.validate(step + 1) if self.o.val_every and ((step + 1) % self.o.val_every == 0 or over) else False
+            due = self.o.val_every and ((step + 1) % self.o.val_every == 0 or over)
+            best = self.validate(step + 1) if due else False
             if best or over or self.stop or (step + 1) % self.o.save_every == 0:
                 self.save(best)
             if self.stop:
                 tell(f"train.py: stopped after step {step + 1}; the same command continues")
                 sys.exit(128 + self.stop)
-        print(json.dumps({"run": str(self.path), "steps": self.state["step"], "seconds": round(self.state["seconds"], 1),
-                          "tokens": self.state["tokens"], "best": self.state["best"]}))
+        print(json.dumps({"run": str(self.path), "steps": self.state["step"], "tokens": self.state["tokens"],
+                          "seconds": round(self.state["seconds"], 1), "best": self.state["best"]}))
 
     def agree(self):
         """Ranks leave the loop together: the first rank's clock counts, and a signal to any of them stops all."""
-        said = gather((time.time() - self.started, self.signal))
+        said = gather((self.now() - self.started, self.signal))
         self.clock, self.stop = said[0][0], max((number for _, number in said if number), default=None)
 
     def progress(self, step):
@@ -400,21 +421,21 @@ class Run:
         """
         last = self.path / "last"
         if not last.exists():
-            if not rank():
-                (self.path / "log.jsonl").unlink(missing_ok=True)
+            for name in LOGS if not rank() else ():
+                (self.path / name).unlink(missing_ok=True)
             return {}
         asked, was = asdict(self.o), read_json(self.path / "options.json")
         free = ("out", "steps", "minutes", "save_every", "log_every", "threads")
         if different := [k for k in asked if k not in free and list_of(asked[k]) != was.get(k)]:
-            raise ValueError(f"{self.path} holds a run with another --{different[0].replace('_', '-')} ({was.get(different[0])}); name another --out, or remove it")
+            raise ValueError(f"{self.path} holds a run with another --{different[0].replace('_', '-')} "
+                             f"({was.get(different[0])}); name another --out, or remove it")
         self.state = read_json(last / "trainer.json")
         if hasattr(self.plain, "lora"):
             load_adapter(self.plain, last)
         else:
             saved = VLM.from_pretrained(last, dtype=next(self.plain.parameters()).dtype)
             self.plain.load_state_dict(saved.state_dict())
-        if not rank():
-            log = self.path / "log.jsonl"
+        for log in (self.path / name for name in LOGS if not rank() and (self.path / name).exists()):
             kept = [line for line in log.read_text().splitlines(True) if json.loads(line)["step"] <= self.state["step"]]
             log.with_suffix(".new").write_text("".join(kept))
             log.with_suffix(".new").replace(log)
@@ -475,7 +496,7 @@ class Run:
 
     def log(self, row):
         """One line a step: for programs in log.jsonl, for people on the screen with the time left."""
-        self.state["step"], self.state["seconds"] = row["step"], time.time() - self.started
+        self.state["step"], self.state["seconds"] = row["step"], self.now() - self.started
         row = {**row, "seconds": round(self.state["seconds"], 2)}
         if rank():
             return
@@ -485,26 +506,38 @@ class Run:
             return
         self.recent.append(row)
         if row["step"] % self.o.log_every == 0 or row["step"] == self.o.steps:
-            known = {k: [r[k] for r in self.recent if isinstance(r.get(k), (int, float))] for k in row if k not in ("step", "seconds")}
+            known = {k: [r[k] for r in self.recent if isinstance(r.get(k), (int, float))]
+                     for k in row if k not in ("step", "seconds") and not k.startswith(("asked", "prompts", "mixed"))}
             shown = "  ".join(f"{k} {sum(v) / len(v):.3g}" for k, v in known.items() if v)
             done = max(self.progress(row["step"]), 1e-6)
-            print(f"step {row['step']}/{self.o.steps}  {shown}  {row['seconds']:.0f} s, {row['seconds'] * (1 - done) / done:.0f} s left", flush=True)
+            left = row["seconds"] * (1 - done) / done
+            print(f"step {row['step']}/{self.o.steps}  {shown}  {row['seconds']:.0f} s, {left:.0f} s left", flush=True)
             self.recent = []
 
+    def show(self, step, groups, count=2):
+        """Write a few groups of every log_every-th update to samples.jsonl, those that teach first."""
+        if rank() or (step + 1) % self.o.log_every:
+            return
+        with open(self.path / "samples.jsonl", "a", encoding="utf-8") as f:
+            for g in sorted(groups, key=lambda g: not g.teaches)[:count]:
+                f.write(json.dumps({"step": step + 1, **g.as_row()}, ensure_ascii=False) + "\n")
+
     def validate(self, step):
-        """Answer the validation world's questions greedily through the router. Returns whether this is the best score so far."""
+        """Answer the validation world's questions greedily through the router. Returns whether this is the best score
+        so far."""
         with first_rank_first():
             world = self.o.val_world or embedded_world("val", "val", 0, 260)
             bases = world_bases(world)
         rows, _ = load_questions(Path(world) / "questions.jsonl", limit=self.o.val_questions)
-        before = time.time()
+        before = self.now()
         with self.whole():
             router = RankRouter(self.plain, self.processor, bases, prompts=self.prompts, max_new_tokens=64)
             scores = evaluate(router.run(rows))
-        self.started += time.time() - before                             # validation is not training time
+        self.started += self.now() - before                             # validation is not training time
         self.log({"step": step, "validation": scores})
-        print(f"validation after step {step}: F1-Recall {scores['f1_recall']:.3f}, routing {scores['route_accuracy']:.3f}, retrievals "
-              f"{scores['retrievals']:.2f} (gold {scores['gold_retrievals']:.2f}), malformed {scores['malformed']:.3f}", flush=True)
+        print("validation after step {step}: F1-Recall {f1_recall:.3f}, routing {route_accuracy:.3f}, retrievals "
+              "{retrievals:.2f} (gold {gold_retrievals:.2f}), malformed {malformed:.3f}".format(step=step, **scores),
+              flush=True)
         better = self.state["best"] is None or scores["f1_recall"] > self.state["best"]["f1_recall"]
         if better:
             self.state["best"] = {"step": step, "f1_recall": scores["f1_recall"]}
@@ -559,9 +592,11 @@ def list_of(value):
 
 
 def write_model(path, model, origin, prompts, dtype=None):
-    """A model directory: our weights (or adapter), and tokenizer, picture settings and prompts of the directory that training started from."""
+    """A model directory: our weights (or adapter), and tokenizer, picture settings and prompts of the directory that
+    training started from."""
     path.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json", "chat_template.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json",
+                 "chat_template.json"):
         if (Path(origin) / name).exists():
             shutil.copy(Path(origin) / name, path / name)
     if prompts:
@@ -577,17 +612,19 @@ def open_model(options):
     if options.threads:
         torch.set_num_threads(options.threads)
     fresh = not any(path.glob("*.safetensors"))
-    model = VLM.from_config(path, options.seed, dtype, options.device) if fresh else VLM.from_pretrained(path, dtype, options.device)
+    model = (VLM.from_config(path, options.seed, dtype, options.device) if fresh else
+             VLM.from_pretrained(path, dtype, options.device))
     model.model.gradient_checkpointing = options.checkpointing
     return model, Processor.from_pretrained(path), fresh
 
 
 @torch.no_grad()
 def start_previous_token_head(model, layers=(0, 1), strength=10.0):
-    """Let query head 0 of the first layers start out attending to the token before (the first half of an induction head).
+    """Let query head 0 of the first layers start out attending to the token before (half of an induction head).
 
-    On the rotary pairs that turn with time the weights of its query and key are set to zero and their biases to constants: key (m, 0), query
-    (m cos w, -m sin w) for a pair of speed w. After rotation the product is largest at distance one. The architecture is unchanged.
+    On the rotary pairs that turn with time the weights of its query and key are set to zero and their biases to
+    constants: key (m, 0), query (m cos w, -m sin w) for a pair of speed w. After rotation the product is largest at
+    distance one. The architecture is unchanged.
     """
     c = model.config
     speeds = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim)
@@ -602,11 +639,12 @@ def start_previous_token_head(model, layers=(0, 1), strength=10.0):
             q.bias[both] = size * torch.tensor([math.cos(speeds[pair]), -math.sin(speeds[pair])])
 
 
-# ---------------------------------------------------------------------------------------------------------------------- supervised
+# ----------------------------------------------------------------------------------------------------------- supervised
 
 
 def prompts_of(examples):
-    """The system prompts that steps were written with, for prompts.json: the most frequent one of route, answer and final steps."""
+    """The system prompts that steps were written with, for prompts.json: the most frequent one of route, answer and
+    final steps."""
     counts = {"route": Counter(), "answer": Counter(), "final": Counter()}
     for e in examples:
         counts["route" if e.kind == "ret" else "final" if e.final else "answer"][e.system] += 1
@@ -634,7 +672,7 @@ def sft(o):
     if o.previous_token_head and fresh:
         start_previous_token_head(model)
     sources = read_sources(o.data)
-    mixture = Mixture(sources, o.tokens, o.seed)
+    mixture = Mixture(sources, lambda example: count_tokens(processor, example), o.tokens, o.seed)
     run = Run(o, model, processor, prompts_of(sources[0][1]))
     pool, place = run.state.setdefault("place", [0, 0])
     batches = mixture.batches(pool)
@@ -661,33 +699,37 @@ def sft(o):
                  **metrics})
 
 
-# ---------------------------------------------------------------------------------------------------------------------- Step-GRPO
+# ------------------------------------------------------------------------------------------------------------ Step-GRPO
 
 
 @dataclass(frozen=True)
 class GrpoOptions(Options):
     """Options of Step-GRPO and of its ablations. The defaults train weights/tiny-warm in the embedded world."""
-    out: str = option("runs/step-grpo", "folder of the run: options, log, checkpoints; an unfinished run there is continued")
+    out: str = option("runs/step-grpo", "folder of the run; an unfinished run there is continued")
     steps: int = option(250, "number of updates")
     val_every: int = option(50, "updates between validations; 0: none")
-    mode: str = option("online", "offline: step files with gold history; online: live trajectories, a group a step; outcome: a group a question",
-                       choices=("offline", "online", "outcome"))
+    mode: str = option("online", "offline: step files with gold history; online: live trajectories, a group a step; "
+                       "outcome: a group a question", choices=("offline", "online", "outcome"))
     data: tuple = option((), "offline: step files", nargs="+")
-    world: str = option("", "online, outcome: a world to practise in; by default the embedded one, written on first use")
+    world: str = option("", "online, outcome: a world to practise in; by default the embedded one")
     encoder: str = option("lexical", "offline: the encoder that measures similarity; online takes the text base's")
     prompts: int = option(32, "step prompts an update (offline, online)")
     questions: int = option(8, "questions an update (outcome)")
     group: int = option(8, "samples of a prompt: the group G")
     temperature: float = option(1.0, "of sampling, and of the log-probabilities in the loss")
     max_new_tokens: int = option(64, "longest output")
-    balance: bool = option(True, "draw step prompts evenly over their gold route (offline, online), questions over their routes (outcome)")
+    call_tokens: int = option(65536, "token budget of a model call in sampling: prompts, and room for all outputs")
+    balance: bool = option(True, "draw step prompts evenly over their gold route (offline, online), questions over "
+                           "their routes (outcome)")
     answer_share: float = option(0.25, "share of answering steps among the prompts, where they are balanced")
-    rest: float = option(0.8, "how far prompts that are always solved are drawn less often: 0 not at all, 1 never again")
+    rest: float = option(0.8, "how much less often solved prompts are drawn: 0 as often, 1 never again")
     follow: str = option("random", "online: the candidate that the trajectory goes on with", choices=("random", "best"))
+    match: float = option(0.9, "online: how similar to an open gold hop a sub-question must be to stand for it")
     open_questions: int = option(160, "online: trajectories that are under way at once")
     k: int = option(2, "online, outcome: passages of evidence")
     max_steps: int = option(4, "online, outcome: sub-questions at most")
-    form: str = option("strict", "of the reward: strict pays only what the router can read, published searches for tags", choices=("strict", "published"))
+    form: str = option("strict", "of the reward: strict pays only what the router can read, published searches for "
+                       "tags", choices=("strict", "published"))
     similarity_weight: float = option(0.5, "of the routing reward")
     route_weight: float = option(0.5, "of the routing reward")
     answer_rule: str = option("published", "of the answering reward", choices=("published", "recall", "f1", "exact"))
@@ -698,11 +740,14 @@ class GrpoOptions(Options):
     kl_coef: float = option(0.0, "weight of the KL term; 0 computes no reference")
     entropy_coef: float = option(0.0, "bonus for entropy on the tokens between the ret tags")
     level: str = option("token", "mean over all tokens, or over outputs", choices=("token", "sequence"))
+    fill: int = option(8, "sample until this many groups of an update are mixed ...")
+    tries: int = option(4, "... but at most this many times; 1 samples once")
     updates: int = option(1, "passes over a batch of samples; above 1 the clip matters")
-    tokens: int = option(2048, "token budget of a micro-batch of the update, prompts and responses")
+    tokens: int = option(2048, "token budget of a micro-batch of the update: prompts and outputs")
     lora_rank: int = option(0, "train an adapter of this rank instead of all weights; 0 trains all")
     lora_alpha: float = option(32.0, "the adapter is scaled by alpha / rank")
-    drop: tuple = option((), "offline: rows to leave out", nargs="*", choices=("no_picture", "repeats", "no_information"))
+    drop: tuple = option((), "offline: rows to leave out", nargs="*",
+                         choices=("no_picture", "repeats", "no_information"))
 
 
 @dataclass
@@ -714,12 +759,23 @@ class Group:
     rewards: list                       # of floats
     parts: list                         # of grpo.Reward, for the log
     label: str                          # gold route or "answer": what the log and the balance go by
+    golds: list                         # what would be right: answers, {"query", "retriever"} of routing steps
     advantages: torch.Tensor | None = None
 
     @property
     def mixed(self):
         """Whether the outputs earned different rewards: only then the group says what was better."""
         return max(self.rewards) > min(self.rewards)
+
+    @property
+    def solved(self):
+        """Whether every output was right in all its parts."""
+        return all(v > 0.999 for p in self.parts for v in (p.similarity, p.route, p.answer) if v is not None)
+
+    @property
+    def teaches(self):
+        """Whether an update can learn from it: where all advantages are 0, the gradient is, too."""
+        return bool(self.advantages.any())
 
     @property
     def size(self):
@@ -729,17 +785,30 @@ class Group:
     def picture(self):
         return any(not isinstance(message["content"], str) for message in self.conversation)
 
+    def as_row(self):
+        """For samples.jsonl: what was asked, what is right, what each output said and earned."""
+        content = self.conversation[-1]["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        known = [{k: v for k, v in asdict(p).items() if v is not None} for p in self.parts]
+        known = known or [{}] * len(self.candidates)                        # no parts in outcome mode
+        return {"label": self.label, "prompt": "".join(p["text"] for p in parts if p["type"] == "text"),
+                "image": next((str(p["image"]) for p in parts if p["type"] == "image"), None), "gold": self.golds,
+                "outputs": [{"text": c.text, "reward": r, "advantage": round(a, 4), "parts": p}
+                            for c, r, a, p in zip(self.candidates, self.rewards, self.advantages.tolist(), known)]}
+
 
 class Interest:
-    """How often the groups of a kind of prompt were mixed lately. Prompts that are always solved (or never) teach nothing."""
+    """How often the groups of a kind of prompt were not solved lately. Prompts that are always solved teach nothing, so
+    they are drawn less often."""
+
     def __init__(self, rest, state):
-        self.rest, self.mixed = rest, state
+        self.rest, self.unsolved = rest, state
 
     def weight(self, key):
-        return 1 - self.rest * (1 - self.mixed.get(key, 1.0))
+        return 1 - self.rest * (1 - self.unsolved.get(key, 1.0))
 
-    def learn(self, key, mixed):
-        self.mixed[key] = 0.9 * self.mixed.get(key, 1.0) + 0.1 * mixed
+    def learn(self, key, solved):
+        self.unsolved[key] = 0.9 * self.unsolved.get(key, 1.0) + 0.1 * (not solved)
 
     def choose(self, items, count, key, rng):
         """Draw without replacement, by weight (Efraimidis and Spirakis: the largest u ** (1 / w))."""
@@ -747,7 +816,7 @@ class Interest:
 
 
 def quotas(o, labels):
-    """How many prompts of each label an update gets: the routes evenly, answers their share. labels: those there are."""
+    """How many prompts of each label an update gets: the routes evenly, answers their share. labels: those present."""
     routes = [x for x in labels if x != "answer"]
     answers = round(o.prompts * o.answer_share) if "answer" in labels else 0
     return {**{r: (o.prompts - answers) // len(routes) for r in routes}, **({"answer": answers} if answers else {})}
@@ -756,9 +825,10 @@ def quotas(o, labels):
 def balanced(o, items, label, key, interest, rng):
     """Draw o.prompts of the items: evenly over their gold routes, or as they come.
 
-    Why evenly: inside a group the right route always wins, but the update is a sum over groups. Where one route is rare among the prompts
-    (pictures are 4 %), the push towards the other routes everywhere is stronger than the push towards it on its own prompts; it is sampled
-    less and less, and a route that is never sampled has no advantage to learn from. With even shares nothing is gained by liking a route.
+    Why evenly: inside a group the right route always wins, but the update is a sum over groups. Where one route is rare
+    among the prompts (pictures are 4 %), the push towards the other routes everywhere is stronger than the push towards
+    it on its own prompts; it is sampled less and less, and a route that is never sampled has no advantage to learn
+    from. With even shares nothing is gained by liking a route.
     """
     if not o.balance:
         return interest.choose(items, o.prompts, key, rng)
@@ -784,18 +854,20 @@ class Offline:
         self.encoder, _ = load_encoder(o.encoder).fitted([{"text": q} for q in queries])
         self.interest = Interest(o.rest, run.state.setdefault("interest", {}))
 
-    def sample(self, step, rng):
+    def sample(self, rng):
         o, place = self.o, {id(s): str(i) for i, s in enumerate(self.steps)}
         chosen = balanced(o, self.steps, gold_label, lambda s: place[id(s)], self.interest, rng)
         outputs = self.router.sample([s.conversation() for s in chosen], self.run.generator, o.group)
+        before, groups = self.run.now(), []
         scored = score(o, [(c, [s.as_published()]) for s, (_, cs) in zip(chosen, outputs) for c in cs], self.encoder)
-        groups = []
+        spent = self.run.now() - before
         for s, (ids, candidates) in zip(chosen, outputs):
             parts = [scored.pop(0) for _ in candidates]
             if candidates:
-                groups.append(Group(s.conversation(), ids, candidates, [p.total for p in parts], parts, gold_label(s)))
-                self.interest.learn(place[id(s)], groups[-1].mixed)
-        return groups, {"too_long": len(chosen) - len(groups)}
+                rewards = [p.total for p in parts]
+                groups.append(Group(s.conversation(), ids, candidates, rewards, parts, gold_label(s), [s.answer]))
+                self.interest.learn(place[id(s)], groups[-1].solved)
+        return groups, {"too_long": len(chosen) - len(groups), "reward_s": spent}
 
 
 def gold_label(step):
@@ -806,30 +878,48 @@ def gold_label(step):
 def clean_rows(rows, drop):
     """Count what is odd in published rows, and leave out what `drop` names.
 
-    no_picture: its file is missing (such a row cannot be asked as it was meant, it is always left out); repeats: a sub-question comes twice;
-    no_information: an intermediate gold says that there is none.
+    no_picture: its file is missing (such a row cannot be asked as it was meant, it is always left out); repeats: a
+    sub-question comes twice; no_information: an intermediate gold says that there is none.
     """
     def faults(row):
-        asked = [s.answer["query"].strip().lower() for s in row if s.kind == "ret" and s.answer["query"].strip().lower() != "none"]
-        return {"no_picture": any(not Path(i).is_file() for s in row for i in s.images), "repeats": len(set(asked)) < len(asked),
+        queries = [s.answer["query"].strip().lower() for s in row if s.kind == "ret"]
+        asked = [query for query in queries if query != "none"]
+        return {"no_picture": any(not Path(i).is_file() for s in row for i in s.images),
+                "repeats": len(set(asked)) < len(asked),
                 "no_information": any(s.kind == "ans" and not s.final and NO_INFORMATION.search(s.answer) for s in row)}
     found = [faults(row) for row in rows]
     kept = [row for row, f in zip(rows, found) if not any(f[name] for name in {*drop, "no_picture"})]
     if not kept:
-        raise ValueError("no row is left to train on: every picture is missing, or --drop leaves all out; paths are relative to the step file")
+        raise ValueError("no row is left to train on: every picture is missing (paths are relative to the step file), "
+                         "or --drop leaves all out")
     return kept, {name: sum(f[name] for f in found) for name in ("no_picture", "repeats", "no_information")}
 
 
-NO_INFORMATION = re.compile(r"\b(no|not|does not|doesn't|cannot|can't) (provide|contain|mention|enough|sufficient|specific|relevant|direct|be determined|information)", re.I)
+NO_INFORMATION = re.compile(r"\b(no|not|does not|doesn't|cannot|can't) (provide|contain|mention|enough|sufficient|"
+                            r"specific|relevant|direct|be determined|information)", re.I)
 
 
 def score(o, asked, encoder):
-    """Rewards of (candidate, [gold steps that would be right]): each by the gold step nearest to it. One call of the encoder for all."""
+    """Rewards of (candidate, [gold steps that would be right]): each by the gold step nearest to it. One call of the
+    encoder for all."""
     options = RewardOptions(o.form, o.similarity_weight, o.route_weight, o.answer_rule, o.price)
     pairs = [(c.text, gold) for c, golds in asked for gold in golds]
     similarity = similarity_table([t for t, _ in pairs], [g for _, g in pairs], encoder.encode_queries, o.form)
     nearest = lambda rewards: max(rewards, key=lambda r: (r.similarity or 0.0, r.total))
     return [nearest([step_reward(c.text, gold, similarity, options) for gold in golds]) for c, golds in asked]
+
+
+def nearest_hops(o, asked, encoder):
+    """The gold hop that each sub-question stands for: the nearest in meaning of those still open, None where none is
+    as near as --match. asked: list of (sub-question, open hops). One call of the encoder for all."""
+    texts = [text for query, hops in asked for text in (query, *(h["query"] for h in hops))]
+    vectors, found = iter(torch.as_tensor(encoder.encode_queries(texts)) if texts else ()), []
+    for _, hops in asked:
+        own = next(vectors)                                               # (dim,)
+        near = [(float(own @ next(vectors)), i) for i in range(len(hops))]
+        best, i = max(near, default=(0.0, None))
+        found.append(hops[i] if best >= o.match else None)
+    return found
 
 
 class Live:
@@ -863,20 +953,30 @@ class Live:
     def go_on(self, step):
         """Follow one candidate. A hop is closed once it was asked for and answered rightly."""
         self.said.append(step.candidates[step.followed].text if step.candidates else None)
-        if step.kind == "route" and step.route:
-            same = [h for h in self.open if h["query"].lower() == step.parsed.query.lower()]
-            self.asked = same[0] if same else None
-        elif step.kind == "answer" and self.asked and answer_reward(step.answer, self.asked["answer"]) == 1:
+        if step.kind == "answer" and self.asked and answer_reward(step.answer, self.asked["answer"]) == 1:
             self.open.remove(self.asked)
         self.q.go_on(step)
 
 
+def go_on(o, followed, encoder):
+    """Trajectories go on, each with the step that is followed; their sub-questions are matched with the open hops in
+    one call. followed: list of (Live, infer.Step)."""
+    routed = [(x, step) for x, step in followed if step.route]
+    hops = nearest_hops(o, [(step.parsed.query, x.open) for x, step in routed], encoder)
+    for (x, _), hop in zip(routed, hops):
+        x.asked = hop
+    for x, step in followed:
+        x.go_on(step)
+
+
 class Online:
-    """Live trajectories: G candidates for each step from one history, one is followed, its own evidence enters the next prompt."""
+    """Live trajectories: G candidates for each step from one history, one is followed, its own evidence enters the next
+    prompt."""
 
     def __init__(self, o, run, router, world):
         self.o, self.run, self.router = o, run, router
         self.rows = practice_rows(world)
+        self.encoder = router.bases["text"].encoder
         self.interest = Interest(o.rest, run.state.setdefault("interest", {}))
         self.by_first = {}
         for i, row in enumerate(self.rows):
@@ -889,11 +989,12 @@ class Online:
         return Live(self.router.open(self.serial, self.rows[number]), number)
 
     def replay(self, number, said):
-        """Bring a trajectory to where a checkpoint left it: the same outputs are followed, what they asked for is searched again."""
+        """Bring a trajectory to where a checkpoint left it: the same outputs are followed, what they asked for is
+        searched again."""
         x = self.start(number)
         for text in said:
             candidates = () if text is None else (Candidate(text, (), (), parse_step(text)),)
-            x.go_on(self.router.step(x.q, (), candidates, 0))
+            go_on(self.o, [(x, self.router.step(x.q, (), candidates, 0))], self.encoder)
             if isinstance(x.request, Search):
                 self.router.search([x.q])
         return x
@@ -904,38 +1005,49 @@ class Online:
         first = lambda i: f"{self.rows[i].get('kind')} route {len(self.rows[i]['hops'])}"
         return self.start(self.interest.choose(rng.sample(pool, min(4, len(pool))), 1, first, rng)[0])
 
-    def sample(self, step, rng):
+    def sample(self, rng):
         o = self.o
         while len(self.live) < o.open_questions:
             self.live.append(self.new_question(rng))
         judged = [x for x in self.live if x.golds()]
         chosen = balanced(o, judged, Live.label, Live.key, self.interest, rng)
         taken = set(map(id, chosen))
-        passed = [x for x in self.live if id(x) not in taken and x.request.kind != "route"]       # read on with one sample, without training
+        # answers that were not drawn are read on with one sample, without training
+        passed = [x for x in self.live if id(x) not in taken and x.request.kind != "route"]
+        self.reward_s = 0.0
         groups = self.advance(chosen, o.group, rng) + self.advance(passed, 1, rng)
         self.router.search([x.q for x in self.live if isinstance(x.request, Search)])
         self.live = [x for x in self.live if x.request is not None]
         self.run.state["live"] = [(x.number, x.said) for x in self.live]
-        return groups, {"too_long": len(chosen) - len(groups)}
+        return groups, {"too_long": len(chosen) - len(groups), "reward_s": self.reward_s}
 
     def advance(self, states, n, rng):
         """Sample n candidates for each state, score them, follow one. Returns the groups where n > 1."""
-        o, groups = self.o, []
+        o, groups, followed = self.o, [], []
         outputs = self.router.sample([x.q.conversation(self.router.prompts) for x in states], self.run.generator, n)
-        scored = score(o, [(c, x.golds()) for x, (_, cs) in zip(states, outputs) for c in cs if n > 1], self.router.bases["text"].encoder)
+        before = self.run.now()
+        asked = [(c, x.golds()) for x, (_, cs) in zip(states, outputs) for c in cs if n > 1]
+        scored = score(o, asked, self.encoder)
+        self.reward_s += self.run.now() - before
         for x, (ids, candidates) in zip(states, outputs):
             parts = [scored.pop(0) for _ in candidates] if n > 1 else []
-            best = max(range(len(parts)), key=lambda i: parts[i].total) if o.follow == "best" and parts else rng.randrange(max(1, len(candidates)))
-            followed = self.router.step(x.q, ids, candidates, best)
+            chosen = rng.randrange(max(1, len(candidates)))
+            if o.follow == "best" and parts:
+                chosen = max(range(len(parts)), key=lambda i: parts[i].total)
+            step = self.router.step(x.q, ids, candidates, chosen)
             if parts:
-                groups.append(Group(followed.conversation, ids, candidates, [p.total for p in parts], parts, x.label()))
-                self.interest.learn(x.key(), groups[-1].mixed)
-            x.go_on(followed)
+                rewards = [p.total for p in parts]
+                golds = [gold["answer"] for gold in x.golds()]
+                groups.append(Group(step.conversation, ids, candidates, rewards, parts, x.label(), golds))
+                self.interest.learn(x.key(), groups[-1].solved)
+            followed.append((x, step))
+        go_on(o, followed, self.encoder)
         return groups
 
 
 class Outcome:
-    """Trajectory-level GRPO: G trajectories of a question are the group, the recall of the final answer is the only reward."""
+    """Trajectory-level GRPO: G trajectories of a question are the group, the recall of the final answer is the only
+    reward."""
 
     def __init__(self, o, run, router, world):
         self.o, self.run, self.router = o, run, router
@@ -944,32 +1056,46 @@ class Outcome:
         for row in self.rows:
             self.by_routes.setdefault(" ".join(h["retriever"] for h in row["hops"]), []).append(row)
 
-    def sample(self, step, rng):
-        o, pick = self.o, lambda: rng.choice(self.by_routes[rng.choice(sorted(self.by_routes))] if o.balance else self.rows)
-        rows = [pick() for _ in range(o.questions)]
-        trajectories = self.router.run([row for row in rows for _ in range(o.group)], generator=self.run.generator)
-        rewards = [0.0 if t.malformed else answer_scores(t.answer, golds_of(t.row))[1] for t in trajectories]
-        advantages = group_advantages(torch.tensor(rewards), torch.arange(len(rows)).repeat_interleave(o.group), o.scale)
+    def sample(self, rng):
+        o = self.o
+        pools = [self.by_routes[rng.choice(sorted(self.by_routes))] if o.balance else self.rows
+                 for _ in range(o.questions)]
+        rows = [rng.choice(pool) for pool in pools]
+        done = self.router.run([row for row in rows for _ in range(o.group)], generator=self.run.generator)
+        before = self.run.now()
+        rewards = [0.0 if t.malformed else answer_scores(t.answer, golds_of(t.row))[1] for t in done]
+        spent = self.run.now() - before
+        same_question = torch.arange(len(rows)).repeat_interleave(o.group)
+        advantages = group_advantages(torch.tensor(rewards), same_question, o.scale)                        # Eq. 3
         groups = []
-        for i in range(0, len(trajectories), o.group):
-            same = {}                                                 # steps of the group that saw the same prompt are updated together
-            for t, r, a in zip(trajectories[i:i + o.group], rewards[i:], advantages[i:].tolist()):
-                for s in (s for s in t.steps if s.candidates):
-                    key = (s.prompt_ids, str(t.row.get("image")))
-                    same.setdefault(key, []).append((s, r, a))
-            for (ids, _), members in same.items():
-                g = Group(members[0][0].conversation, ids, tuple(s.candidates[0] for s, _, _ in members), [r for _, r, _ in members], [], "outcome")
-                g.advantages = torch.tensor([a for _, _, a in members])
-                groups.append(g)
-        return groups, {"reward": sum(rewards) / len(rewards), "retrievals": sum(t.retrievals for t in trajectories) / len(rewards),
-                        "malformed": sum(t.malformed > 0 for t in trajectories) / len(rewards), "too_long": sum(t.too_long for t in trajectories)}
+        for i in range(0, len(done), o.group):
+            groups += self.by_prompt(done[i:i + o.group], rewards[i:], advantages[i:].tolist())
+        mean = lambda values: sum(values) / len(done)
+        return groups, {"reward": mean(rewards), "retrievals": mean(t.retrievals for t in done),
+                        "malformed": mean(t.malformed > 0 for t in done), "too_long": sum(t.too_long for t in done),
+                        "reward_s": spent}
+
+    def by_prompt(self, trajectories, rewards, advantages):
+        """The steps of a question's trajectories as groups to update: those that answered the same prompt together.
+        Every step carries the reward and the advantage of its trajectory."""
+        same = {}
+        for t, r, a in zip(trajectories, rewards, advantages):
+            for s in (s for s in t.steps if s.candidates):
+                same.setdefault((s.prompt_ids, str(t.row.get("image"))), []).append((s, r, a))
+        groups = []
+        for (ids, _), members in same.items():
+            steps, rewards, advantages = zip(*members)
+            groups.append(Group(steps[0].conversation, ids, tuple(s.candidates[0] for s in steps), list(rewards), [],
+                                "outcome", golds_of(trajectories[0].row), torch.tensor(advantages)))
+        return groups
 
 
 def practice_rows(world):
     """The questions of a world with gold hops."""
     rows, faults = load_questions(Path(world) / "questions.jsonl")
     if faults or any("hops" not in row for row in rows):
-        raise ValueError(f"--world {world}: " + (faults[0] if faults else "questions without gold hops cannot be rewarded step by step"))
+        why = faults[0] if faults else "questions without gold hops cannot be rewarded step by step"
+        raise ValueError(f"--world {world}: {why}")
     return rows
 
 
@@ -986,7 +1112,8 @@ def route_tokens(processor, candidate):
 
 
 def pack(processor, groups, device, entropy):
-    """Groups -> the inputs of model.group_log_probs, and old log-probabilities, advantages and route tokens of the same shape.
+    """Groups -> the inputs of model.group_log_probs, and old log-probabilities, advantages and route tokens of the
+    same shape.
 
     Groups of different sizes (outcome mode) are filled up with empty responses, which the mask keeps out.
     """
@@ -1007,27 +1134,15 @@ def pack(processor, groups, device, entropy):
     return {"tokens": flat(tokens), "mask": flat(mask), **batch}, flat(old), flat(advantages), flat(route)
 
 
-def micro_batches(groups, budget):
-    """Groups sorted by size, cut where the padded rows would exceed the budget; a group larger than the budget stands alone."""
-    batches, widest = [], 0
-    for g in sorted(groups, key=lambda g: g.size):
-        widest = max(widest, g.size)
-        if not batches or widest * (len(batches[-1]) + 1) > budget:
-            batches.append([])
-            widest = g.size
-        batches[-1].append(g)
-    return batches
-
-
 def accumulate(o, model, reference, processor, groups):
     """Gradient of one update over all groups, micro-batch by micro-batch. Returns the metrics of the whole.
 
     Every rank knows all groups and takes its share. All make equally many passes: one that is through earlier goes on
     with the smallest group at weight 0.
     """
-    total = sum(len(c.token_ids) for g in groups for c in g.candidates) if o.level == "token" else sum(len(g.candidates) for g in groups)
-    groups, sums = sorted(groups, key=lambda g: g.size), Counter()
-    shares = [micro_batches(groups[r::ranks()], o.tokens) for r in range(ranks())]
+    total = sum(len(c.token_ids) if o.level == "token" else 1 for g in groups for c in g.candidates)
+    groups, sums, ratios = sorted(groups, key=lambda g: g.size), Counter(), []
+    shares = [in_budget(groups[r::ranks()], lambda g: g.size, o.tokens) for r in range(ranks())]
     expect_pictures(model, any(g.picture for g in groups))
     for i in range(max(map(len, shares))):
         mine = i < len(shares[rank()])
@@ -1038,34 +1153,64 @@ def accumulate(o, model, reference, processor, groups):
         if o.kl_coef:
             with torch.no_grad(), reference(model) as ref_model:
                 ref = ref_model.group_log_probs(**inputs, temperature=o.temperature)
-        loss, metrics = grpo_loss(logp, old, advantages, inputs["mask"], ref_logp=ref, clip=o.clip, clip_high=o.clip_high, kl_coef=o.kl_coef,
-                                  level=o.level, normalizer=total)
+        loss, metrics = grpo_loss(logp, old, advantages, inputs["mask"], ref_logp=ref, clip=o.clip,
+                                  clip_high=o.clip_high, kl_coef=o.kl_coef, level=o.level, normalizer=total)
         if o.entropy_coef:
             loss = loss - o.entropy_coef * (entropy * route).sum() / total
         (loss * (ranks() * mine)).backward()                              # FSDP takes the mean over ranks
         if not mine:
             continue
         share = int(inputs["mask"].sum())
-        sums.update({"loss": loss.item(), "kl": metrics.get("kl", 0.0), "entropy": entropy.sum().item(), "tokens": share,
-                     "clip_fraction": metrics["clip_fraction"] * share})
-        sums["ratio_max"] = max(sums["ratio_max"], metrics["ratio_max"])
-    sums, every = Counter(), gather(sums)
-    for one in every:
+        sums.update({"loss": loss.item(), "kl": metrics.get("kl", 0.0), "entropy": entropy.sum().item(),
+                     "tokens": share, "clip_fraction": metrics["clip_fraction"] * share})
+        ratios += metrics["ratio_min"], metrics["ratio_max"]
+    every = gather((sums, ratios))
+    sums, ratios = Counter(), [r for _, some in every for r in some]
+    for one, _ in every:
         sums.update(one)                                                  # adds
-    sums["ratio_max"] = max(one["ratio_max"] for one in every)
     tokens = sums.pop("tokens")
-    return {**sums, "entropy": sums["entropy"] / tokens, "clip_fraction": sums["clip_fraction"] / tokens}
+    return {**sums, "entropy": sums["entropy"] / tokens, "clip_fraction": sums["clip_fraction"] / tokens,
+            "ratio_min": min(ratios), "ratio_max": max(ratios)}
 
 
 def reward_metrics(groups):
-    """Means of the rewards and of their parts, the share of right routes by gold route, the share of groups without variance."""
+    """Means of the rewards and of their parts, the share of groups without variance, and by gold route X: the share of
+    right outputs (route:X), of X among all that routing steps ask for (asked:X), of the routing prompts (prompts:X),
+    and of the groups that are mixed (mixed:X)."""
     parts = [p for g in groups for p in g.parts]
     mean = lambda values: sum(values) / len(values) if values else None
-    named = {name: mean([getattr(p, name) for p in parts if getattr(p, name) is not None]) for name in ("form", "similarity", "route", "answer")}
+    named = {name: mean([getattr(p, name) for p in parts if getattr(p, name) is not None])
+             for name in ("form", "similarity", "route", "answer")}
     out = {"reward": mean([p.total for p in parts]), **named, "flat_groups": mean([float(not g.mixed) for g in groups])}
-    for label in sorted({g.label for g in groups} - {"answer", "outcome"}):
-        out["route:" + label.removesuffix(" retriever")] = mean([p.route for g in groups if g.label == label for p in g.parts])
+    routing = [g for g in groups if g.label not in ("answer", "outcome")]
+    asked = [c.parsed.route.lower() for g in routing for c in g.candidates if isinstance(c.parsed, RouteStep)]
+    for label in sorted({g.label for g in routing}):
+        here, name = [g for g in routing if g.label == label], label.removesuffix(" retriever")
+        out |= {f"route:{name}": mean([p.route for g in here for p in g.parts]),
+                f"asked:{name}": asked.count(label) / max(1, len(asked)),
+                f"prompts:{name}": len(here) / len(routing), f"mixed:{name}": mean([g.mixed for g in here])}
     return out
+
+
+def sample(o, source, step):
+    """Groups for an update, with their advantages, and what was counted.
+
+    Sampling goes on until `fill` groups teach something, at most `tries` times (dynamic sampling, DAPO, 2503.14476).
+    Near the end of training one group in twenty does; and since Adam takes a step of the same size however few groups
+    it is made of, updates from one or two of them are noise that wears down what was learned.
+    """
+    groups, found = [], []
+    for i in range(o.tries):
+        some, counts = source.sample(random.Random(f"{o.seed} {step} {i}"))
+        if o.mode != "outcome":                                 # there the group is the question, not the step prompt
+            for g in some:
+                g.advantages = group_advantages(torch.tensor(g.rewards), torch.zeros(len(g.rewards)), o.scale)  # Eq. 3
+        groups += some
+        found.append(counts)
+        if sum(g.teaches for g in groups) >= o.fill:
+            break
+    total = {k: sum(counts[k] for counts in found) for k in found[0]}
+    return groups, {k: v if k in ("too_long", "reward_s") else v / len(found) for k, v in total.items()}
 
 
 def grpo(o):
@@ -1079,28 +1224,29 @@ def grpo(o):
         world = o.world or embedded_world("train", "train", 0, 3000) if o.mode != "offline" else None
         bases = world_bases(world) if world else {base: None for base in BASES}
     router = RankRouter(model, processor, bases, prompts=prompts, k=o.k, max_steps=o.max_steps,
-                        max_new_tokens=o.max_new_tokens, temperature=o.temperature)
+                        max_new_tokens=o.max_new_tokens, temperature=o.temperature, call_tokens=o.call_tokens)
     reference = reference_of(o, model)
     run = Run(o, model, processor, prompts)
     source = {"offline": Offline, "online": Online, "outcome": Outcome}[o.mode](o, run, router, world)
     for step in run.steps():
-        clock = [time.time()]
+        clock, metrics = [run.now()], {}
         with run.whole():
-            groups, counts = source.sample(step, random.Random(f"{o.seed} {step}"))         # sample, reward
-        clock.append(time.time())
-        if o.mode != "outcome":
-            for g in groups:
-                g.advantages = group_advantages(torch.tensor(g.rewards), torch.zeros(len(g.rewards)), o.scale)      # advantage, Eq. 3
-        useful = [g for g in groups if g.advantages.abs().sum() > 0]
-        metrics = {}
+            groups, counts = sample(o, source, step)                                # sample, reward, advantage
+        clock.append(run.now())
+        useful = [g for g in groups if g.teaches]
         for _ in range(o.updates if useful else 0):
-            metrics = accumulate(o, run.model, reference, processor, useful)                # loss, Eq. 4 to 6
-            metrics.update(run.update(step))                                                                 # update
-        clock.append(time.time())
-        sampled = sum(len(c.token_ids) for g in groups for c in g.candidates)
-        run.state["tokens"] += sampled
-        run.log({"step": step + 1, **reward_metrics(groups), **counts, **metrics, "groups": len(groups), "tokens": sampled,
-                 "sample_s": clock[1] - clock[0], "update_s": clock[2] - clock[1]})                          # log; run.steps saves
+            metrics = accumulate(o, run.model, reference, processor, useful)        # loss (Eq. 4-6)
+            metrics.update(run.update(step))                                        # update
+        clock.append(run.now())
+        run.show(step, groups)
+        outputs = [c.token_ids for g in groups for c in g.candidates]
+        tokens, (began, sampled, updated) = sum(map(len, outputs)), clock
+        run.state["tokens"] += tokens
+        unfinished = sum(ids[-1] not in processor.eos_ids for ids in outputs)
+        run.log({"step": step + 1, **reward_metrics(groups), **counts, **metrics, "groups": len(groups),
+                 "outputs": len(outputs), "unfinished": unfinished, "tokens": tokens,
+                 "tokens_s": tokens / (updated - began), "sample_s": sampled - began - counts["reward_s"],
+                 "update_s": updated - sampled})                                    # log; run.steps saves
 
 
 def reference_of(o, model):
@@ -1134,7 +1280,7 @@ def show(o):
         print(f"\n{x.request.kind} step, {len(ids)} prompt tokens", end="")
         if not (golds := x.golds()):
             print(": a sub-question that no gold hop matches cannot be judged; one output is followed")
-            x.go_on(router.step(x.q, ids, candidates, 0))
+            go_on(o, [(x, router.step(x.q, ids, candidates, 0))], bases["text"].encoder)
         else:
             parts = score(o, [(c, golds) for c in candidates], bases["text"].encoder)
             rewards = [p.total for p in parts]
@@ -1145,7 +1291,7 @@ def show(o):
                                  if getattr(p, k) is not None)
                 print(f"  r {p.total:.3f}  A {a:+.3f}  {len(c.token_ids):2d} tokens  {kept}  {c.text}")
             best = rewards.index(max(rewards)) if o.follow == "best" else rng.randrange(len(parts))
-            x.go_on(router.step(x.q, ids, candidates, best))
+            go_on(o, [(x, router.step(x.q, ids, candidates, best))], bases["text"].encoder)
         if isinstance(x.request, Search):
             router.search([x.q])
             for base, hits in x.request.evidence.items():
@@ -1165,7 +1311,8 @@ def export(o):
     """A checkpoint -> a model directory without optimizer, ready for infer.py and for transformers."""
     source = Path(o.run) / o.which
     if not source.exists():
-        raise ValueError(f"{source}: no such checkpoint" + ("; without --val-every a run has only --which last" if o.which == "best" else ""))
+        hint = "; without --val-every a run has only --which last" if o.which == "best" else ""
+        raise ValueError(f"{source}: no such checkpoint{hint}")
     origin = Path(read_json(Path(o.run) / "options.json")["model"])
     adapter = (source / "adapter_config.json").exists()
     model = VLM.from_pretrained(origin if adapter else source)
@@ -1173,17 +1320,20 @@ def export(o):
         load_adapter(model, source)
         merge_lora(model)
     prompts = read_json(source / "prompts.json") if (source / "prompts.json").exists() else {}
-    write_model(Path(o.out), model, source if (source / "tokenizer.json").exists() else origin, prompts, getattr(torch, o.dtype))
-    print(f"{o.out}: {sum(p.numel() for p in model.parameters()):,} weights in {o.dtype}, step {read_json(source / 'trainer.json')['step']} of {o.run}")
+    files = source if (source / "tokenizer.json").exists() else origin
+    write_model(Path(o.out), model, files, prompts, getattr(torch, o.dtype))
+    step, size = read_json(source / "trainer.json")["step"], sum(p.numel() for p in model.parameters())
+    print(f"{o.out}: {size:,} weights in {o.dtype}, step {step} of {o.run}")
 
 
-COMMANDS = {"sft": (SftOptions, sft), "grpo": (GrpoOptions, grpo), "show": (ShowOptions, show), "export": (ExportOptions, export)}
+COMMANDS = {"sft": (SftOptions, sft), "grpo": (GrpoOptions, grpo), "show": (ShowOptions, show),
+            "export": (ExportOptions, export)}
 
 
 def main():
-    name, *words = sys.argv[1:] or ["grpo"]                     # without any word: Step-GRPO of the tiny model in the embedded world
+    name, *words = sys.argv[1:] or ["grpo"]            # without any word: Step-GRPO in the embedded world
     if name not in COMMANDS:
-        print(f"usage: train.py {{{','.join(COMMANDS)}}} [options]; train.py {next(iter(COMMANDS))} --help lists them", file=sys.stderr)
+        print(f"usage: train.py {{{','.join(COMMANDS)}}} [options]; train.py sft --help lists them", file=sys.stderr)
         sys.exit(0 if name in ("-h", "--help") else 2)
     options, command = COMMANDS[name]
     code = 0

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import grpo
 import infer
 import train
 from conftest import ROOT
@@ -139,12 +140,16 @@ def test_supervised_loss_equals_transformers(home, model, processor, tmp_path):
 
 def test_a_mixture_draws_by_share_and_repeats_nothing_within_an_epoch():
     make = lambda name, n: [train.StepExample("ans", "s", f"{name}{i}", "a", "", ()) for i in range(n)]
-    mixture = train.Mixture([("a", make("a", 5000), 3.0), ("b", make("b", 100), 1.0)], 1280, 0)
+    length = lambda e: 10 * len(e.problem)                                       # 20 to 50
+    mixture = train.Mixture([("a", make("a", 5000), 3.0), ("b", make("b", 100), 1.0)], length, 1280, 0)
     drawn = [e.problem for pool in range(4) for b in mixture.batches(pool) for e in b]
     a, b = [x for x in drawn if x[0] == "a"], [x for x in drawn if x[0] == "b"]
     assert len(a) == 4 * 768 and len(b) == 4 * 256 and len(set(a)) == len(a)
     assert max(map(b.count, set(b))) - min(map(b.count, set(b))) <= 1           # ten epochs of 100, each a permutation
-    again = train.Mixture([("a", make("a", 5000), 3.0), ("b", make("b", 100), 1.0)], 1280, 0)
+    for b in mixture.batches(3):                                                  # the budget is kept, and well used
+        assert len(b) * max(map(length, b)) <= 1280
+    assert sum(len(b) * max(map(length, b)) > 1100 for b in mixture.batches(3)) > 0.8 * len(mixture.batches(3))
+    again = train.Mixture([("a", make("a", 5000), 3.0), ("b", make("b", 100), 1.0)], length, 1280, 0)
     assert [e.problem for b in again.batches(2) for e in b] == [e.problem for b in mixture.batches(2) for e in b]
 
 
@@ -180,7 +185,7 @@ def groups(home, model, processor):
     outputs = router.sample([s.conversation() for s in chosen], torch.Generator().manual_seed(0), 4)
     made, rng = [], random.Random(0)
     for s, (ids, candidates) in zip(chosen, outputs):
-        g = train.Group(s.conversation(), ids, candidates, [rng.random() for _ in candidates], [], train.gold_label(s))
+        g = train.Group(s.conversation(), ids, candidates, [rng.random() for _ in candidates], [], train.gold_label(s), [])
         g.advantages = group_advantages(torch.tensor(g.rewards), torch.zeros(4))
         made.append(g)
     return made
@@ -223,9 +228,29 @@ def test_sampler_and_update_see_the_same_tokens(model, processor, groups):
 
 def test_micro_batches_hold_every_group_once_and_keep_the_budget(groups):
     for budget in (1, 200, 10 ** 9):
-        parts = train.micro_batches(groups, budget)
+        parts = infer.in_budget(groups, lambda g: g.size, budget)
         assert sorted(id(g) for p in parts for g in p) == sorted(map(id, groups))
         assert all(len(p) == 1 or max(g.size for g in p) * len(p) <= budget for p in parts)
+    # by hand: 3 + 3 rows of width 3 are 6, a third of width 4 would make 12
+    assert infer.in_budget([9, 4, 3, 3], int, 8) == [[3, 3], [4], [9]]
+
+
+@pytest.mark.parametrize("budget", [1, 300, 10 ** 9])
+def test_outputs_do_not_depend_on_the_token_budget_of_a_model_call(home, model, processor, groups, budget):
+    calls = []
+    class Counting:
+        config = model.config
+        parameters = model.parameters
+        def generate(self, **more):
+            calls.append(more["input_ids"].shape)
+            return model.generate(**more)
+    router = infer.Router(Counting(), processor, {b: None for b in infer.BASES}, temperature=1.0, max_new_tokens=12,
+                          call_tokens=budget)
+    outputs = router.sample([g.conversation for g in groups], torch.Generator().manual_seed(0), 4)
+    assert [c.text for _, cs in outputs for c in cs] == [c.text for g in groups for c in g.candidates]
+    assert [ids for ids, _ in outputs] == [g.prompt_ids for g in groups]
+    assert sum(B for B, _ in calls) == len(groups) and len(calls) == {1: 6, 300: len(calls), 10 ** 9: 1}[budget]
+    assert all(B == 1 or B * (T + 4 * 12) <= budget for B, T in calls)
 
 
 def test_balanced_draw_is_even_over_gold_routes():
@@ -244,11 +269,101 @@ def test_balanced_draw_is_even_over_gold_routes():
 def test_solved_prompts_are_drawn_less_often_but_not_never():
     interest = train.Interest(0.8, {})
     for _ in range(100):
-        interest.learn("solved", False)
+        interest.learn("solved", True)
     rng, items = random.Random(0), ["solved"] * 50 + ["open"] * 50
     drawn = [x for _ in range(400) for x in interest.choose(items, 5, lambda x: x, rng)]
     share = drawn.count("solved") / len(drawn)
     assert 0.1 < share < 0.25                        # weights 0.2 against 1: 0.2 / 1.2 = 0.167
+    for _ in range(100):
+        interest.learn("solved", False)              # forgotten again
+    assert interest.weight("solved") == pytest.approx(1, abs=1e-4)
+
+
+def test_a_group_is_solved_where_all_is_right_not_where_all_is_equally_wrong():
+    group = lambda *parts: train.Group([], (), (), [p.total for p in parts], list(parts), "", [])
+    right, near = grpo.Reward(1.0, 1.0, 1.0, 1.0), grpo.Reward(0.95, 1.0, 0.9, 1.0)
+    assert group(right, right).solved and not group(near, near).solved and not group(right, near).solved
+    assert group(grpo.Reward(1.0, 1.0, answer=1.0)).solved and not group(grpo.Reward(0.0, 0.0, answer=0.0)).solved
+    assert not group(near, near).mixed
+
+
+class Words:
+    """An encoder whose vectors can be computed by hand: a dimension a word, normalised."""
+    words = "capital of Bakdol seat which currency".split()
+
+    def encode_queries(self, texts):
+        rows = torch.tensor([[float(w in t.split()) for w in self.words] for t in texts])
+        return (rows / rows.norm(dim=1, keepdim=True)).numpy()
+
+
+def hop(query, answer="x"):
+    return {"query": query, "retriever": "text retriever", "answer": answer}
+
+
+def test_a_sub_question_in_other_words_stands_for_the_nearest_open_hop():
+    """By hand: 3 words of 3 in common is 1; 2 of 3 and 3 is 2 / 3; 2 of 2 and 3 is 2 / sqrt(6) = 0.816; none is 0."""
+    capital, currency = hop("capital of Bakdol"), hop("currency of Bakdol")
+    asked = [("of Bakdol capital", [currency, capital]), ("seat of Bakdol", [capital]), ("of Bakdol", [capital]),
+             ("which", [capital]), ("capital of Bakdol", [])]
+    found = lambda least: train.nearest_hops(train.GrpoOptions(match=least), asked, Words())
+    assert found(0.9) == [capital, None, None, None, None]
+    assert found(0.8) == [capital, None, capital, None, None]
+    assert found(0.6) == [capital, capital, capital, None, None]
+    assert train.nearest_hops(train.GrpoOptions(), [], Words()) == []
+
+
+def test_a_hop_is_closed_by_a_right_answer_to_it_in_any_order_and_wording():
+    o = train.GrpoOptions(match=0.8)
+    first, second = hop("capital of Bakdol", "Rut"), hop("currency of Bakdol", "Mes")
+
+    class Question:
+        row, request = {"hops": [first, second], "answer": ["Mes"]}, None
+        def go_on(self, step):
+            pass
+    x = train.Live(Question(), 0)
+
+    def said(kind, text):
+        c = infer.Candidate(text, (), (), infer.parse_step(text))
+        train.go_on(o, [(x, infer.Step(kind, "", [], (), (c,), 0, {}))], Words())
+    ask = lambda q: said("route", f"<think> t</think><sub-question> {q}</sub-question><ret> Table Retriever</ret>")
+    answer = lambda a: said("answer", f"<think> t</think><answer> {a}</answer>")
+    ask("of Bakdol currency"), answer("Rut")                  # the second hop was asked for, the answer is wrong
+    assert x.asked is second and x.open == [first, second]
+    ask("of Bakdol currency"), answer("Mes")
+    assert x.open == [first]
+    ask("which seat"), answer("Rut")                          # a right answer to nothing that was open
+    assert x.asked is None and x.open == [first]
+    ask("capital of Bakdol"), answer("Rut")
+    assert x.open == [] and x.said[0].endswith("</ret>") and len(x.said) == 8
+
+
+def test_sampling_goes_on_until_enough_groups_are_mixed():
+    """A source with one mixed group of two each time: three are there after three times."""
+    made = lambda rewards: train.Group([], (), (), rewards, [], "answer", [])
+
+    class Source:
+        def sample(self, rng):
+            return [made([1.0, 0.0]), made([1.0, 1.0])], {"too_long": 1, "retrievals": 3.0, "reward_s": 0.5}
+    for fill, tries, times in ((3, 4, 3), (3, 2, 2), (1, 4, 1), (9, 1, 1)):
+        groups, counts = train.sample(train.GrpoOptions(fill=fill, tries=tries), Source(), 0)
+        assert len(groups) == 2 * times and sum(g.teaches for g in groups) == times
+        assert counts == {"too_long": times, "retrievals": 3.0, "reward_s": times / 2}
+    assert groups[0].advantages.tolist() == pytest.approx([0.7071, -0.7071], abs=1e-4)      # (1 - 1/2) / sqrt(1/2)
+
+
+def test_what_a_log_says_of_routes_by_hand():
+    """Two prompts want the text base, one wants none: 3 of 4 outputs are right; text is asked for 3 times of 6."""
+    def group(gold, routes):
+        text = "<think> t</think><sub-question> q</sub-question><ret> {}</ret>"
+        outputs = tuple(infer.Candidate("", (), (), infer.parse_step(text.format(r))) for r in routes)
+        right = [float(r.lower() == gold) for r in routes]
+        return train.Group([], (), outputs, right, [grpo.Reward(r, 1.0, route=r) for r in right], gold, [])
+    T, N = "Text Retriever", "Table Retriever"
+    m = train.reward_metrics([group("text retriever", [T, T]), group("text retriever", [T, N]),
+                              group("table retriever", [N, N])])
+    assert (m["route:text"], m["asked:text"], m["prompts:text"], m["mixed:text"]) == (3 / 4, 1 / 2, 2 / 3, 1 / 2)
+    assert (m["route:table"], m["asked:table"], m["prompts:table"], m["mixed:table"]) == (1, 1 / 2, 1 / 3, 0)
+    assert m["reward"] == pytest.approx(5 / 6) and m["flat_groups"] == pytest.approx(2 / 3)
 
 
 def test_route_tokens_are_those_between_the_ret_tags(processor):
@@ -266,7 +381,7 @@ def test_route_tokens_are_those_between_the_ret_tags(processor):
 def commands(home):
     """Short runs of each kind. Step-GRPO starts from the shipped weak model: a random one never earns a reward, and
     nothing would be updated."""
-    rest = ("--save-every", 3, "--log-every", 100, "--threads", 1)
+    rest = ("--save-every", 3, "--log-every", 2, "--threads", 1)
     common = ("--model", ROOT / "weights" / "tiny-warm", *rest)
     return {
         "sft": ("sft", "--model", home / "m", *rest, "--data", home / "w" / "steps.jsonl=2", home / "w" / "copy.jsonl"),
@@ -299,6 +414,18 @@ def test_six_steps_equal_three_a_kill_and_three_more(home, tmp_path, kind):
     state = [(tmp_path / x / "last" / "trainer.safetensors").read_bytes() for x in "ab"]
     assert state[0] == state[1]
     assert log_of(tmp_path / "a") == log_of(tmp_path / "b") and len(log_of(tmp_path / "a")) == 6
+    if kind != "sft":                       # and so is what report.py shows: two groups of every second update
+        text = (tmp_path / "a" / "samples.jsonl").read_text()
+        assert text == (tmp_path / "b" / "samples.jsonl").read_text()
+        rows = [json.loads(line) for line in text.splitlines()]
+        assert [row["step"] for row in rows] == [2, 2, 4, 4, 6, 6]
+        for row in rows:
+            rewards = torch.tensor([x["reward"] for x in row["outputs"]])
+            advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+            # in outcome mode the group is the question, of which a row shows the outputs of one prompt
+            assert kind == "outcome" or torch.allclose(
+                torch.tensor([x["advantage"] for x in row["outputs"]]), advantages, atol=1e-3)
+            assert row["prompt"] and row["gold"] and all("<" in x["text"] for x in row["outputs"])
     # weights were really updated, before and after
     assert sum("grad_norm" in row for row in log_of(tmp_path / "a")) >= 4
 

@@ -1,0 +1,398 @@
+"""The experiment: what step-wise rewards teach, what they cost, and what breaks them; three seeds, everything else equal.
+
+What flows through this file:
+    plan (below, as data) -> jobs: one configuration, one seed -> train.py and infer.py as a user would call them
+                          -> a row a finished job in results/PART.jsonl -> results/summary.json, figures, README tables
+
+    main        Step-GRPO, outcome-only GRPO, more of the same supervision, rejection sampling; pipelines that do not route
+    collapse    how a route dies when step prompts are not balanced, and what helps
+    ablation    parts of the reward, the deviation, KL, group size, updates a batch, price of a retrieval, gold history
+    depth       three and four hops: trained compositions, unseen ones, unseen depth
+    cost        model calls, tokens and seconds of a question, by pipeline
+
+Jobs run two at a time, each on one core, and count the time of the processor, which other work on the machine hardly
+changes. A job that was stopped goes on; a finished one is not run again, unless its commands have changed.
+
+Choices were made on validation worlds. The test world is used once, by each finished job.
+"""
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+HERE = Path(__file__).resolve().parent
+SEEDS = (0, 1, 2)
+
+# ---------------------------------------------------------------------------------------------------------------- plan
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is. Minutes are of the processor."""
+    name: str = "experiment"        # of the folders under data and runs
+    main: float = 10.0              # minutes of a main run
+    ablation: float = 3.0           # minutes of any other training
+    steps: int = 100_000            # updates at most
+    train: int = 3000               # questions of the training world
+    weak: int = 13000               # questions of the file of weak demonstrations
+    val: int = 260                  # questions of the validation world
+    test: int = 520                 # questions of the test world
+    countries: int = 0              # of every world; 0: as world.py has it
+    rounds: int = 5                 # of rejection sampling
+    sampled: int = 1000             # questions of a round
+    val_every: int = 25             # updates between validations
+    seeds: tuple = SEEDS
+    flags: tuple = ()               # more options of every training
+
+
+QUICK = Scale(name="experiment-quick", main=0, ablation=0, steps=2, train=39, weak=39, val=13, test=26, countries=40, rounds=1, sampled=13,
+              val_every=2, seeds=(0,), flags=("--prompts", 6, "--group", 2, "--open-questions", 12))
+
+STEP = "Step-GRPO"
+COLLAPSE = {                        # options beside those of Step-GRPO
+    "not balanced": ("--no-balance",),
+    "not balanced, entropy bonus 0.05": ("--no-balance", "--entropy-coef", 0.05),
+    "not balanced, KL 0.05": ("--no-balance", "--kl-coef", 0.05),
+    "not balanced, temperature 1.3": ("--no-balance", "--temperature", 1.3),
+    "not balanced, G = 16": ("--no-balance", "--group", 16),
+    "balanced": (),
+    "balanced, entropy bonus 0.05": ("--entropy-coef", 0.05),
+}
+ABLATION = {
+    "without similarity": ("--similarity-weight", 0, "--route-weight", 1),
+    "without route": ("--similarity-weight", 1, "--route-weight", 0),
+    "without strict format": ("--form", "published"),
+    "without division by the deviation": ("--no-scale",),
+    "KL 0.01": ("--kl-coef", 0.01),
+    "KL 0.05": ("--kl-coef", 0.05),
+    "G = 4": ("--group", 4, "--prompts", 64),
+    "G = 16": ("--group", 16, "--prompts", 16),
+    "four updates a batch": ("--updates", 4),
+    "price 0.05": ("--price", 0.05),
+    "price 0.2": ("--price", 0.2),
+    "gold history (offline)": ("--mode", "offline", "--data", "TRAIN/steps.jsonl"),
+    "sampled once an update": ("--tries", 1),
+    "exact match with gold hops": ("--match", 0.999),
+}
+PIPELINES = ("router", "oracle", "static", "text", "image", "table", "direct")
+
+
+@dataclass(frozen=True)
+class Job:
+    part: str
+    name: str
+    seed: int
+    kind: str                       # a key of KINDS: how it is run
+    minutes: float = 0.0
+    flags: tuple = ()
+
+
+def folder_of(job, scale):
+    slug = "".join(c if c.isalnum() else "-" for c in job.name.lower())
+    return Path("runs") / scale.name / f"{job.part}-{slug}-{job.seed}"
+
+
+def plan(scale):
+    """All jobs of the experiment, the main ones first."""
+    jobs = []
+    for seed in scale.seeds:
+        jobs += [Job("main", STEP, seed, "grpo", scale.main),
+                 Job("main", "outcome only", seed, "grpo", scale.main, ("--mode", "outcome")),
+                 Job("main", "rejection sampling", seed, "rejection", scale.main),
+                 Job("main", "SFT on the weak data", seed, "sft", scale.main)]
+    jobs.append(Job("main", "weak start", 0, "eval", flags=("weights/tiny-warm", "router")))
+    for part, names in (("collapse", COLLAPSE), ("ablation", ABLATION)):
+        jobs += [Job(part, name, seed, "grpo", scale.ablation, flags)
+                 for name, flags in names.items() for seed in scale.seeds]
+    return jobs + [Job("cost", method, 0, "eval", flags=("weights/tiny", method)) for method in PIPELINES]
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def command(script, *words):
+    return [sys.executable, script, *map(str, words)]
+
+
+def grpo(job, scale):
+    """Step-GRPO, or a variation of it, and the test of its best checkpoint."""
+    return [command("train.py", "grpo", *training(job, scale, folder_of(job, scale)), *(f.replace("TRAIN", f"data/{scale.name}/train") if isinstance(f, str) else f
+                                      for f in job.flags)),
+            test(job, folder_of(job, scale) / "best", scale)]
+
+
+def sft(job, scale):
+    """More of the supervision that the weak start had."""
+    return [command("train.py", "sft", *training(job, scale, folder_of(job, scale)),
+                    "--data", f"data/{scale.name}/weak/weak.jsonl"),
+            test(job, folder_of(job, scale) / "best", scale)]
+
+
+def rejection(job, scale):
+    """In turns: sample trajectories of new questions, keep those whose final answer is right, train on them."""
+    commands, model = [], "weights/tiny-warm"
+    for i in range(scale.rounds):
+        folder, world = folder_of(job, scale) / f"round-{i}", f"data/{scale.name}/round-{i}"
+        commands.append(command("infer.py", "--model", model, "--world", world, "--threads", 1, "--temperature", 1,
+                                "--seed", job.seed, "--max-new-tokens", 64, "--out", f"{folder}.jsonl",
+                                "--write-steps", f"{folder}-steps.jsonl", "--keep", "correct"))
+        commands.append(command("train.py", "sft", *training(job, scale, folder, model, scale.rounds),
+                                "--learning-rate", 3e-4, "--data", f"{folder}-steps.jsonl"))
+        model = folder / "last"
+    return [*commands, test(job, model, scale)]
+
+
+def training(job, scale, out, model="weights/tiny-warm", parts=1):
+    """Options of a training that takes one of `parts` equal parts of a job's time."""
+    flags = scale.flags if job.kind == "grpo" else ()
+    world = ("--world", f"data/{scale.name}/train") if job.kind == "grpo" and "offline" not in job.flags else ()
+    return ("--model", model, "--seed", job.seed, "--threads", 1, "--clock", "cpu", "--steps", scale.steps,
+            "--minutes", job.minutes / parts, "--val-every", scale.val_every * (1 if job.kind == "grpo" else 10),
+            "--val-world", f"data/{scale.name}/val", "--val-questions", scale.val, "--log-every", 100, *world, *flags,
+            "--out", out)
+
+
+def test(job, model, scale, method="router"):
+    """The one use of the test world."""
+    return command("infer.py", "--model", model, "--world", f"data/{scale.name}/test", "--method", method, "--threads", 1,
+                   "--limit", scale.test, "--out", f"{folder_of(job, scale)}.test.jsonl", "--json")
+
+
+KINDS = {"grpo": grpo, "sft": sft, "rejection": rejection,
+         "eval": lambda job, scale: [test(job, job.flags[0], scale, job.flags[1])]}
+
+
+def worlds(scale):
+    """Write the worlds of the experiment, those that are not there yet, and build their bases."""
+    places = [("train", "train", 0, scale.train), ("weak", "train", 0, scale.weak), ("val", "val", 0, scale.val),
+              ("test", "test", 3000, scale.test)]
+    places += [(f"round-{i}", "train", 100 + i, scale.sampled) for i in range(scale.rounds)]
+    for name, split, seed, questions in places:
+        out = Path("data") / scale.name / name
+        if not (out / "questions.jsonl").is_file():
+            more = ("--countries", scale.countries) if scale.countries else ()
+            more += ("--practice", 1) if name == "weak" else ()
+            done = subprocess.run(command("world.py", "--split", split, "--seed", seed, "--questions", questions,
+                                          "--out", out, *more), cwd=HERE, stdout=subprocess.DEVNULL)
+            if done.returncode:
+                raise ValueError(f"world.py could not write {out}: see its message above")
+        from infer import world_bases               # here, since it takes torch with it
+        if name != "weak":
+            world_bases(HERE / out)
+
+
+# ----------------------------------------------------------------------------------------------------------- execution
+
+
+def fingerprint(commands):
+    """What a job's commands amount to: with others, its stored row does not count."""
+    words = [[Path(c[1]).name, *c[2:]] for c in commands]
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:12]
+
+
+def machine():
+    """Where and with what code a row was made."""
+    said = lambda *words: subprocess.run(words, cwd=HERE, capture_output=True, text=True).stdout.strip()
+    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+                 platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
+    changed = "+" if said("git", "status", "--porcelain", "--untracked-files=no") else ""
+    return {"machine": f"{model}, {os.cpu_count()} cores", "python": platform.python_version(),
+            "commit": said("git", "rev-parse", "--short", "HEAD") + changed}
+
+
+def run(job, scale):
+    """Run a job's commands one after the other; the last one's last line is the result. Returns its row."""
+    commands, seconds, log = KINDS[job.kind](job, scale), 0.0, Path(f"{folder_of(job, scale)}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    for words in commands:
+        with open(log, "a") as f:
+            process = subprocess.Popen(words, cwd=HERE, stdout=subprocess.PIPE, stderr=f, text=True,
+                                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+            RUNNING.append(process)
+            said = process.stdout.read()
+            _, code, used = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(code)
+            RUNNING.remove(process)
+            f.write(said)
+        seconds += used.ru_utime + used.ru_stime
+        if process.returncode:
+            raise RuntimeError(f"{job.part}, {job.name}, seed {job.seed}: {words[1]} ended with "
+                               f"{process.returncode}; see {log}")
+    result = json.loads(said.strip().splitlines()[-1])
+    return {**asdict(job), "fingerprint": fingerprint(commands), "commands": [" ".join(c[1:]) for c in commands],
+            **machine(), "finished": time.strftime("%Y-%m-%d"), "cpu_seconds": round(seconds),
+            "curve": curve(job, scale), "routes": routes(folder_of(job, scale) / "log.jsonl"), "test": result}
+
+
+RUNNING = []
+
+
+def curve(job, scale):
+    """Validations over time and over sampled tokens, of one run or of the rounds of one job in a row."""
+    folders = [folder_of(job, scale)]
+    if job.kind == "rejection":
+        folders = [folders[0] / f"round-{i}" for i in range(scale.rounds)]
+    points, before, tokens = [], 0.0, 0
+    for folder in folders:
+        seconds = 0.0
+        if not (folder / "log.jsonl").is_file():
+            continue
+        sampled = Path(f"{folder}.jsonl")                      # of a round of rejection sampling
+        if sampled.is_file():
+            tokens += sum(json.loads(line)["cost"]["generated_tokens"] for line in open(sampled))
+        for row in map(json.loads, open(folder / "log.jsonl")):
+            seconds = row["seconds"]
+            if "validation" in row:
+                points.append({"seconds": round(before + seconds, 1), "tokens": tokens, "step": row["step"],
+                               **row["validation"]})
+            elif job.kind == "grpo":
+                tokens += row["tokens"]
+        before += seconds
+    return points
+
+
+def routes(path, width=10):
+    """How often each route is asked for, is gold, and has mixed groups, over updates: means over `width` of them."""
+    if not path.is_file():
+        return []
+    rows = [row for row in map(json.loads, open(path)) if "validation" not in row]
+    keys = sorted({k for row in rows for k in row if k.split(":")[0] in ("asked", "prompts", "mixed", "route")})
+    bins = [rows[i:i + width] for i in range(0, len(rows), width)]
+    some = lambda values: round(mean(values), 4) if values else None
+    return [{"step": part[-1]["step"], "seconds": part[-1]["seconds"],
+             **{k: some([row[k] for row in part if row.get(k) is not None]) for k in keys}} for part in bins]
+
+
+def results_of(part, out):
+    path = out / f"{part}.jsonl"
+    return [json.loads(line) for line in open(path)] if path.is_file() else []
+
+
+def execute(jobs, scale, out, side_by_side):
+    """Run what is not finished, some jobs side by side; each finished one is a line of its part's file."""
+    done = {(r["part"], r["name"], r["seed"], r["fingerprint"]) for part in {j.part for j in jobs}
+            for r in results_of(part, out)}
+    waiting = [j for j in jobs if (j.part, j.name, j.seed, fingerprint(KINDS[j.kind](j, scale))) not in done]
+    print(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} of them finished before", flush=True)
+    lock, started, count = threading.Lock(), time.time(), 0
+    left = sum(j.minutes for j in waiting)
+
+    def one(job):
+        nonlocal count, left
+        row = run(job, scale)
+        with lock:
+            with open(out / f"{job.part}.jsonl", "a") as f:
+                f.write(json.dumps(row) + "\n")
+            count, left = count + 1, left - job.minutes
+            print(f"{count}/{len(waiting)}  {job.part}: {job.name}, seed {job.seed}: F1-Recall "
+                  f"{row['test']['f1_recall']:.3f}   {(time.time() - started) / 60:.0f} min, about "
+                  f"{left * 1.25 / side_by_side:.0f} min left", flush=True)
+    with ThreadPoolExecutor(side_by_side) as pool:
+        futures = [pool.submit(one, job) for job in waiting]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            for process in RUNNING:
+                process.terminate()                             # train.py saves behind the update under way
+            raise
+
+
+# ------------------------------------------------------------------------------------------------------------- summary
+
+
+def summary(out, scale):
+    """All rows -> {part: {name: scores over seeds}}: mean, deviation and each seed's; by kind also the worst."""
+    whole = {}
+    wanted = {(j.part, j.name, j.seed): fingerprint(KINDS[j.kind](j, scale)) for j in plan(scale)}
+    for part in dict.fromkeys(part for part, _, _ in wanted):
+        by_name = {}
+        for row in results_of(part, out):
+            if wanted.get((part, row["name"], row["seed"])) == row["fingerprint"]:
+                by_name.setdefault(row["name"], {})[row["seed"]] = row
+        whole[part] = {name: over_seeds([rows[s] for s in sorted(rows)]) for name, rows in by_name.items()}
+    return whole
+
+
+SCORES = ("f1_recall", "em", "f1", "route_accuracy", "retrievals", "gold_retrievals", "malformed", "model_calls",
+          "tokens", "seconds")
+
+
+def over_seeds(rows):
+    tests = [row["test"] for row in rows]
+    scores = {}
+    for name in SCORES:
+        values = [t[name] for t in tests if t.get(name) is not None]
+        if values:
+            scores[name] = {"mean": mean(values), "sd": stdev(values) if len(values) > 1 else None, "seeds": values}
+    kinds = {kind: [t["by_kind"][kind] for t in tests] for kind in tests[0]["by_kind"]}
+    hops = {h: [t["by_hops"][h] for t in tests] for h in tests[0]["by_hops"]}
+    return {"seeds": [row["seed"] for row in rows], "n": tests[0]["n"], **scores, "by_kind": kinds, "by_hops": hops,
+            "worst_kind": min((min(v), kind) for kind, v in kinds.items()),
+            "cpu_seconds": [row["cpu_seconds"] for row in rows],
+            "tokens_sampled": [row["curve"][-1]["tokens"] if row["curve"] else None for row in rows],
+            "commits": sorted({row["commit"] for row in rows}), "machine": rows[-1]["machine"]}
+
+
+def goals(whole):
+    """What was wanted of the main comparison, what came, and whether it holds."""
+    main = whole.get("main", {})
+    if STEP not in main or "outcome only" not in main:
+        return []
+    step, kinds = main[STEP], main[STEP]["by_kind"]
+    others = {name: s["f1_recall"]["mean"] for name, s in main.items()
+              if name not in (STEP, "weak start")}
+    rival = max(others, key=others.get)
+    ahead = step["f1_recall"]["mean"] - others["outcome only"]
+    extra = step["retrievals"]["mean"] / step["gold_retrievals"]["mean"] - 1
+    low, kind = min((min(v), k) for k, v in kinds.items())
+    rows = [("F1-Recall, mean of the seeds", "at least 0.95", step["f1_recall"]["mean"], step["f1_recall"]["mean"] >= 0.95),
+            ("routing accuracy", "at least 0.99", step["route_accuracy"]["mean"], step["route_accuracy"]["mean"] >= 0.99),
+            ("retrievals against gold", "within 3 %", extra, abs(extra) <= 0.03),
+            (f"worst kind in any seed ({kind})", "at least 0.80", low, low >= 0.80),
+            ("ahead of outcome only at equal time", "at least 0.20", ahead, ahead >= 0.20),
+            (f"ahead of the best other ({rival})", "at least 0.07", step["f1_recall"]["mean"] - others[rival],
+             step["f1_recall"]["mean"] - others[rival] >= 0.07)]
+    return [{"goal": g, "wanted": w, "got": round(v, 4), "holds": bool(h)} for g, w, v, h in rows]
+
+
+def main():
+    p = argparse.ArgumentParser(description="Run the whole experiment, or go on with it.")
+    p.add_argument("--quick", action="store_true", help="the same plan at toy scale: it shows that everything runs")
+    p.add_argument("--parts", nargs="+", default=["main", "collapse", "ablation", "cost"],
+                   choices=("main", "collapse", "ablation", "cost"), help="only these parts")
+    p.add_argument("--jobs", type=int, default=2, help="jobs side by side (default 2)")
+    p.add_argument("--out", type=Path, default=Path("results"), help="folder of the results (default results)")
+    p.add_argument("--summary", action="store_true", help="run nothing, sum up what is there")
+    a = p.parse_args()
+    scale = QUICK if a.quick else Scale()
+    a.out.mkdir(parents=True, exist_ok=True)
+    try:
+        if not a.summary:
+            worlds(scale)
+            jobs = [j for j in plan(scale) if j.part in a.parts]
+            execute([j for j in jobs if j.part != "cost"], scale, a.out, a.jobs)
+            execute([j for j in jobs if j.part == "cost"], scale, a.out, 1)              # what is timed runs alone
+    except KeyboardInterrupt:
+        print("experiment.py: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    except (RuntimeError, ValueError, OSError) as e:
+        print(f"experiment.py: {e}", file=sys.stderr)
+        sys.exit(2)
+    whole = summary(a.out, scale)
+    print(json.dumps({"parts": {part: len(names) for part, names in whole.items()}, "goals": goals(whole)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,447 @@
+"""The report: its numbers against cases worked by hand, its markup against hostile text, the page in a real browser."""
+import base64
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import urllib.request
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from PIL import Image
+
+import report
+
+HOSTILE = ('</script><script>window.hacked = 1</script><hostile>"\' onmouseover="window.hacked = 2" </textarea></style>'
+           '<img src=x onerror=window.hacked=3> &amp; &lt; ü 漢字 ${1} $x_$')
+TEXT, TABLE = "Text Retriever", "Table Retriever"
+
+
+def plan(query, route, answer=None, **more):
+    return {"thought": "t", "query": query, "retriever": [route], **more,
+            **({} if answer is None else {"answer": {"thought": "t", "answer": answer}})}
+
+
+def row(question, gold, said, *plans, kind="one", hops=(), method="router", **more):
+    """A result row as infer.result_row has it; 10 prompt tokens, 5 generated ones, half a second."""
+    cost = {"retrievals": len(plans), "model_calls": 2, "prompt_tokens": 10, "generated_tokens": 5, "malformed": 0,
+            "too_long": 0, "seconds_model": 0.25, "seconds_search": 0.25}
+    return {"question": question, "answer": gold, "kind": kind, "hops": list(hops), "method": method, "cost": cost,
+            **{f"plan_{i}": p for i, p in enumerate(plans, 1)}, "llm_answer": {"thought": "", "answer": said}, **more}
+
+
+def hop(query, base, answer):
+    return {"query": query, "retriever": base, "answer": answer}
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def write_run(folder, seed=0, rows=(), samples=(), **options):
+    folder.mkdir(parents=True)
+    (folder / "options.json").write_text(json.dumps({"mode": "online", "group": 4, "seed": seed, **options}))
+    write_rows(folder / "log.jsonl", rows)
+    if samples:
+        write_rows(folder / "samples.jsonl", samples)
+    return folder
+
+
+class Reader(HTMLParser):
+    """What a browser would see: elements with their attributes, text, and the cells of tables."""
+
+    def __init__(self, markup):
+        super().__init__()
+        self.elements, self.texts, self.tables, self.open = [], [], [], []
+        self.feed(markup)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in ("img", "input", "meta"):
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append((dict(attributes)["aria-label"], []))
+        elif tag == "tr":
+            self.tables[-1][1].append([])
+        elif tag in ("th", "td"):
+            self.tables[-1][1][-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, text):
+        self.texts.append(text)
+        if {"th", "td"} & set(self.open):
+            self.tables[-1][1][-1][-1] += "*" * (self.open[-1] == "b") + " " * (self.open[-1] == "small") + text
+
+    def table(self, title):
+        """{row heading: {column heading: cell}}; "*" stands before bold text."""
+        head, *body = next(rows for name, rows in self.tables if name == title)
+        return {first: dict(zip(head[1:], cells)) for first, *cells in body}
+
+
+def page_of(*inputs, count=60):
+    runs, results, faults = report.load([str(path) for path in inputs])
+    assert not faults
+    return Reader(report.page(runs, results, count))
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+GOOD = [row("a", ["lima"], "lima", kind="x", hops=[hop("q", "text retriever", "lima")], method="router"),
+        row("b", ["new york city"], "new york", kind="x", method="router"),
+        row("c", ["7"], "8", kind="y", method="router"),
+        row("d", ["red"], "red", kind="y", method="router")]
+BAD = [{**r, "llm_answer": "no", "method": "direct"} for r in GOOD]
+
+
+def test_scores_are_those_worked_by_hand(tmp_path):
+    # recall 1, 2/3, 0, 1 -> 0.667; exact 1, 0, 0, 1 -> 0.500; F1 1, 2 * 1 * (2/3) / (5/3) = 0.8, 0, 1 -> 0.700
+    good, bad = write_rows(tmp_path / "good.jsonl", GOOD), write_rows(tmp_path / "bad.jsonl", BAD)
+    page = page_of(good, bad)
+    scores = page.table("4 questions, as “a”")
+    assert list(scores) == ["good", "bad"]
+    assert (scores["good"] | {"n": "4", "seeds": "1", "F1-Recall": "*0.667", "exact": "*0.500", "F1": "*0.700",
+                              "gold": "0.25", "tokens": "15", "seconds": "0.500"}) == scores["good"]
+    assert (scores["bad"]["F1-Recall"], scores["bad"]["routing"]) == ("0.000", "–")
+    both = lambda good: {"good": good, "bad": "0.000"}
+    assert page.table("F1-Recall by kind") == {"x": both("*0.833"), "y": both("*0.500")}
+    assert page.table("F1-Recall by hops") == {"0": both("*0.556"), "1": both("*1.000")}
+
+
+def test_seeds_are_one_row_with_their_range_and_other_questions_another_table(tmp_path):
+    one, two = write_rows(tmp_path / "1.jsonl", GOOD), write_rows(tmp_path / "2.jsonl", BAD)
+    three = write_rows(tmp_path / "3.jsonl", GOOD[:1])
+    page = page_of(f"ours={one}", f"ours={two}", three)
+    scores = page.table("4 questions, as “a”")
+    assert scores["ours"]["F1-Recall"] == "0.333 0.000–0.667" and scores["ours"]["seeds"] == "2"   # alone: not bold
+    assert list(page.table("1 questions, as “a”")) == ["3"]
+
+
+def test_validations_and_options(tmp_path):
+    scores = lambda value: {"f1_recall": value, "n": 9, "by_kind": {}, "by_hops": {}}
+    log = lambda *values: [{"step": 1, "tokens": 5, "seconds": 1.0, "reward": 0.5},
+                           *({"step": i, "validation": scores(v), "seconds": 2.0} for i, v in enumerate(values, 1))]
+    folders = [write_run(tmp_path / "a-0", 0, log(0.2, 0.6, 0.4), clip=0.2),
+               write_run(tmp_path / "a-1", 1, log(0.5), clip=0.2),
+               write_run(tmp_path / "b-0", 0, log(0.1), clip=0.2, mode="outcome"),
+               write_run(tmp_path / "c-0", 0, log(0.1), clip=0.2), write_run(tmp_path / "c-1", 1, log(0.1), clip=0.3)]
+    page = page_of(*folders)
+    best = page.table("Best validation of each run")
+    assert list(best) == ["a", "b", "c-0", "c-1"]          # c-0 and c-1 differ in their clip: not seeds of one
+    assert best["a"]["F1-Recall"] == "*0.550 0.500–0.600" and best["b"]["F1-Recall"] == "0.100"
+    runs = page.table("Runs")
+    assert runs["a-1"]["seed"] == "1" and [runs[n]["clip"] for n in ("a-0", "c-1")] == ["0.2", "0.3"]
+    assert runs["b-0"]["mode"] == "outcome" and "group" not in runs["b-0"]
+    assert [run.label for run in report.load([f"c={folders[3]}", f"c={folders[4]}"])[0]] == ["c", "c"]     # as told
+
+
+def test_confusion_by_hand():
+    hops = [hop("q", "text retriever", "x"), hop("r", "table retriever", "y")]
+    fault = {"fault": "no tags", "text": "?", "query": "None", "retriever": ["None"]}
+    rows = [row("a", "x", "x", plan("q", TEXT), plan("r", TEXT), plan("None", "None"), hops=hops),
+            row("b", "x", "x", plan("q", TABLE), fault, hops=hops),                    # gold None was not reached
+            row("c", "x", "x", plan("q", TABLE), plan("None", "None"), hops=[]),       # gold: None at once
+            row("d", "x", "x", plan("q", TABLE), hops=hops, method="text")]            # chose nothing itself
+    assert report.confusion(rows) == {
+        (TEXT, TEXT): 1, (TABLE, TEXT): 1, ("None", "None"): 1, (TEXT, TABLE): 1, (TABLE, "malformed"): 1,
+        ("None", "ended"): 1, ("None", TABLE): 1, ("past the end", "None"): 1}
+
+
+# --------------------------------------------------------------------------------------------------------------- curves
+
+
+LOG = [{"step": 1, "tokens": 80, "groups": 5, "seconds": 2.0, "reward": 0.25, "kl": 0.0, "route:table": 0.5,
+        "answer": None},
+       {"step": 2, "tokens": 120, "groups": 5, "seconds": 5.0, "reward": 0.75, "kl": 0.0, "loss": float("nan"),
+        "answer": 1.0},
+       {"step": 2, "seconds": 5.0, "validation": {"f1_recall": 0.5, "n": 2, "by_kind": {}, "by_hops": {}}}]
+
+
+def test_points_over_each_axis(tmp_path):
+    (run,), _, _ = report.load([str(write_run(tmp_path / "r-3", 3, LOG, kl_coef=0.0))])
+    assert run.label == "r"
+    pairs = lambda key, x="steps": list(zip(*map(list, report.points(run, key, x))))
+    assert pairs("reward") == [(1, 0.25), (2, 0.75)]
+    assert pairs("reward", "tokens") == [(80, 0.25), (200, 0.75)]
+    assert pairs("reward", "seconds") == [(2, 0.25), (5, 0.75)]
+    assert pairs("validation.f1_recall", "tokens") == [(200, 0.5)]
+    assert pairs("answer") == [(2, 1.0)] and pairs("loss") == []                       # null and NaN are no points
+    assert pairs("length") == [(1, 4.0), (2, 6.0)]                                     # 80 / (5 groups of 4), 120 / 20
+    assert pairs("kl") == []                                                           # not computed at coefficient 0
+    panels = [key for _, key, *_ in report.panels_of([run])]
+    assert panels == ["validation.f1_recall", "reward", "answer", "route:table", "length"]
+
+
+def test_trailing_mean_by_hand():
+    assert report.trailing_mean([1.0, 3.0, 5.0, 1.0], 2).tolist() == [1, 2, 4, 3]
+
+
+def test_seeds_share_a_bold_line_as_far_as_all_go():
+    class Axis:
+        def __init__(self):
+            self.bold = []
+
+        def plot(self, x, y, **style):
+            self.bold += [(x, y)] if style["linewidth"] > 1 else []
+
+    runs = [report.Run(f"a-{i}", "a", {}, [{"step": s, "loss": v} for s, v in rows], [])
+            for i, rows in enumerate([[(0, 0.0), (10, 10.0)], [(2, 4.0), (6, 4.0)]])]
+    axis = Axis()
+    report.draw(axis, runs, "loss", "steps")
+    (x, y), = axis.bold                                    # (x + 4) / 2 from 2 to 6
+    assert (x[0], x[-1]) == (2, 6) and (y[0], y[-1]) == pytest.approx((3, 5))
+
+
+def test_pictures_of_curves(tmp_path):
+    folder = write_run(tmp_path / "_$x_0$", 0, LOG)
+    assert report.main([str(folder), "--out", str(tmp_path / "o" / "r.html"), "--png", str(tmp_path / "png")]) == 0
+    sizes = [Image.open(tmp_path / "png" / f"curves-{x}.png").size for x in ("steps", "tokens", "seconds")]
+    assert all(w > 1000 and h > 500 for w, h in sizes)     # five panels in three columns
+    runs, _, _ = report.load([str(folder)])
+    report.curves(runs, tmp_path / "one.png", "tokens", ["reward"])
+    assert Image.open(tmp_path / "one.png").size[0] < 600
+    with pytest.raises(ValueError, match="nonsense"):
+        report.curves(runs, tmp_path / "none.png", y=["nonsense"])
+    page = Reader((tmp_path / "o" / "r.html").read_text(encoding="utf-8"))
+    assert "Reward over updates. _$x_0$: from 0.25 to 0.75" in [a.get("alt") for _, a in page.elements]
+
+
+# ------------------------------------------------------------------------------------------------- rewards of the steps
+
+
+def one_hot(texts):
+    """An encoder for which texts are alike or have nothing in common."""
+    return torch.eye(len(texts))
+
+
+def test_rewards_of_a_trajectory_by_hand():
+    hops = [hop("who leads X?", "text retriever", "ann"), hop("how old is ann?", "table retriever", "35")]
+    judged = row("q", ["35"], "ann", plan("how old is ann?", TABLE, "36"), plan("Who leads X?", TABLE, "ann"),
+                 plan("who leads X?", TEXT, "ann"), plan("None", "None"), hops=hops)
+    # 1 the second hop asked rightly, 1; its answer is wrong, so it stays open
+    # 2 right words, wrong base: 0.5; its answer closes the first hop
+    # 3 that hop is closed, and neither words nor base are the second's: 0; what is its answer worth? nobody knows
+    # 4 a hop is open, so ending earns 0            final: "ann" is not "35"
+    total = lambda reward: reward and reward.total
+    assert [tuple(map(total, pair)) for pair in report.step_rewards(judged, one_hot)] == [
+        (1.0, 0.0), (0.5, 1.0), (0.0, None), (0.0, None), (None, 0.0)]
+
+
+def test_ending_in_time_pays_and_unknown_hops_are_not_judged():
+    done = row("q", ["x"], "x", plan("None", "None"))
+    assert [r and r.total for pair in report.step_rewards(done, one_hot) for r in pair] == [1.0, None, None, 1.0]
+    for other in ({**done, "hops": None}, {**done, "method": "direct"}):
+        assert report.step_rewards(other, one_hot) == [(None, None)] * 2
+
+
+# --------------------------------------------------------------------------------------------------------------- markup
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A page in which every text that a file can hold is hostile, beside three harmless rows: its file."""
+    out = tmp_path_factory.mktemp("page")
+    Image.new("RGB", (40, 40), "red").save(out / "red.png")
+    bad = plan(HOSTILE, TEXT, HOSTILE, ter=[HOSTILE, "plain"], ter_scores=[0.75, 0.5])
+    fault = {"fault": HOSTILE, "text": HOSTILE, "query": "None", "retriever": ["None"]}
+    rows = [row(HOSTILE, [HOSTILE], HOSTILE, {**bad, "thought": HOSTILE}, fault, kind=HOSTILE, image=HOSTILE,
+                hops=[hop(HOSTILE, "text retriever", HOSTILE)]),
+            row("broken \ud800 surrogate", ["x"], "y", kind="look", image="red.png"),
+            row("red?", ["red"], "red", kind="look", image="red.png"),
+            row("how many?", ["7"], "7", plan("how many?", TABLE, "7"), kind="count",
+                hops=[hop("how many?", "table retriever", "7")])]
+    texts = [HOSTILE, f"<think> {HOSTILE}</think><answer> {HOSTILE}</answer>",
+             "<think> x</think><sub-question> s?</sub-question><ret> Table Retriever</ret>"]
+    outputs = [{"text": text, "reward": r, "advantage": 1.4 * r - 0.7, "parts": {"similarity": r, "route": r}}
+               for text, r in zip(texts, (0.0, 0.0, 1.0))]
+    sample = {"step": 3, "label": HOSTILE, "prompt": HOSTILE, "image": HOSTILE, "gold": [HOSTILE], "outputs": outputs}
+    run = write_run(out / HOSTILE.replace("/", "∕")[:80], 0, LOG, [sample], note=HOSTILE)
+    other = write_run(out / "other-0", 0, LOG[:2], note="x")
+    page = out / "report.html"
+    assert report.main([str(run), str(other), str(write_rows(out / f"x{HOSTILE[:30].replace('/', '')}.jsonl", rows)),
+                        "--out", str(page)]) == 0
+    return page
+
+
+def test_text_stays_text(hostile):
+    markup = hostile.read_text(encoding="utf-8")
+    page = Reader(markup)
+    tags = [tag for tag, _ in page.elements]
+    assert tags.count("script") == tags.count("style") == 1 and {"hostile", "textarea"}.isdisjoint(tags)
+    assert not [(tag, key) for tag, attributes in page.elements for key in attributes if key.startswith("on")]
+    # question, thought, sub-question, evidence twice, answer, prompt ...: all are there, letter by letter
+    assert sum(HOSTILE in text for text in page.texts) >= 12
+    assert HOSTILE in [attributes.get("data-kind") for tag, attributes in page.elements if tag == "article"]
+    assert "window.hacked" not in "".join(re.findall(r"<script>.*?</script>", markup, re.DOTALL))
+
+
+def test_the_page_needs_nothing_but_itself(hostile):
+    markup = hostile.read_text(encoding="utf-8")
+    page = Reader(markup)
+    for tag, attributes in page.elements:
+        assert attributes.get("src", "data:").startswith("data:image/"[:5 + 6 * ("src" in attributes)]), attributes
+        assert attributes.get("href", "#").startswith("#") and tag not in ("link", "iframe", "object", "base")
+    style, script = (re.search(rf"<{tag}>(.*?)</{tag}>", markup, re.DOTALL)[1] for tag in ("style", "script"))
+    assert not re.search(r"url\(|@import|https?:", style + script)
+    policy = next(a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    ours = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert "default-src 'none'" in policy and f"script-src 'sha256-{ours}'" in policy
+
+
+def test_cards_show_what_was_asked_read_and_earned(hostile):
+    page = Reader(hostile.read_text(encoding="utf-8"))
+    text = "\n".join(page.texts)
+    assert "r\u00a01.000 (similarity 1.00, base 1.00)" in text and "A\u00a0+0.700" in text and "A\u00a0-0.700" in text
+    assert "0.750 " in page.texts and "malformed: " in page.texts
+    cards = [attributes for tag, attributes in page.elements if tag == "article"]
+    assert [c["data-right"] for c in cards] == ["yes", "no", "yes", "yes", "mixed"]
+    assert [c["data-base"] for c in cards[:4]] == ["text", "none", "none", "table"]
+    assert [a["alt"] for tag, a in page.elements if a.get("class") == "photo"] == ["the question's picture"] * 2
+    assert all(a.get("alt") for tag, a in page.elements if tag == "img")
+
+
+def test_few_cards_hold_right_and_wrong_of_each_kind():
+    rows = [row(str(i), ["x"], "x" if i < 90 else "y", kind="ab"[i % 2]) for i in range(100)]
+    few = report.varied(rows, 4)
+    kinds = sorted((r["kind"], report.is_right(r)) for r in few)
+    assert kinds == [("a", False), ("a", True), ("b", False), ("b", True)]
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    write_rows(tmp_path / "strange.jsonl", [{"a": 1}])
+    cases = (([], "nothing to report"), (["empty"], "no log.jsonl"), (["none.jsonl"], "none.jsonl"),
+             (["strange.jsonl"], "expected a result row"), (["--cards", "0"], "--cards 0"), (["--oops"], "--help"))
+    for words, said in cases:
+        assert report.main(words) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1 and not (tmp_path / "report.html").exists(), error
+
+
+@pytest.mark.parametrize("change", [
+    {"plan_1": "text"}, {"plan_1": {"query": 1, "retriever": ["None"]}}, {"plan_1": {"query": "q", "retriever": [{}]}},
+    {"hops": [{"retriever": "text retriever"}]}, {"kind": [1]}, {"method": {}}, {"cost": 5}, {"cost": {"a": 1}},
+    {"question": None}, {"llm_answer": [1]}])
+def test_rows_of_another_shape_are_left_out(change, tmp_path, capsys):
+    path = write_rows(tmp_path / "r.jsonl", [GOOD[1], {**GOOD[0], **change}])
+    assert report.main([str(path), "--out", str(tmp_path / "r.html")]) == 2
+    assert f"left out: {path}:2: " in capsys.readouterr().err and "<article" in (tmp_path / "r.html").read_text()
+
+
+def test_runs_of_the_default_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs" / "mine", 0, LOG[:1])
+    assert report.main([]) == 0 and "1 runs" in capsys.readouterr().out
+    assert "mine" in Reader((tmp_path / "report.html").read_text()).table("Runs")
+
+
+# ------------------------------------------------------------------------------------------------------------ a browser
+
+
+class Browser:
+    """Headless Chromium behind chromedriver, spoken to over its plain HTTP protocol (W3C WebDriver)."""
+
+    def __init__(self, driver, chromium, home):
+        self.process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True)
+        started = (re.search(r"started successfully on port (\d+)", line) for line in self.process.stdout)
+        port = next(match[1] for match in started if match)
+        flags = ["--headless", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+                 "--disable-component-update", "--disable-sync", f"--user-data-dir={home}"]
+        flags += ["--no-sandbox"] if os.geteuid() == 0 else []
+        wanted = {"browserName": "chrome", "goog:chromeOptions": {"binary": chromium, "args": flags}}
+        self.url = f"http://127.0.0.1:{port}"
+        session = self.post("/session", capabilities={"alwaysMatch": wanted})
+        self.url += f"/session/{session['sessionId']}"
+
+    def post(self, path, method="POST", **body):
+        data = json.dumps(body).encode() if method == "POST" else None
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return json.load(reply)["value"]
+
+    def run(self, script, *words):
+        return self.post("/execute/sync", script=script, args=list(words))
+
+    def open(self, address, width):
+        self.post("/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride",
+                  params={"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500})
+        self.post("/url", url="about:blank")
+        self.post("/url", url=address)
+
+    def choose(self, name, value):
+        """Pick an option of a filter as a user does."""
+        path = f"select[name={name}] option[value='{value}']"
+        element = self.post("/element", using="css selector", value=path)
+        self.post(f"/element/{next(iter(element.values()))}/click")
+
+    def shown(self):
+        return self.run("return [document.querySelector('#count').textContent, [...document.querySelectorAll('.card')]"
+                        ".filter(c => c.offsetHeight).map(c => c.querySelector('h3').textContent)]")
+
+    def close(self):
+        try:
+            self.post("", method="DELETE")
+        finally:
+            self.process.terminate()
+            self.process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    driver = shutil.which("chromedriver")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not driver or not chromium:
+        pytest.skip("no browser: apt-get install chromium chromium-driver")
+    browser = Browser(driver, chromium, tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.close()
+
+
+def test_filters_in_a_browser(hostile, browser):
+    browser.open(hostile.as_uri(), 1280)
+    assert browser.shown()[0] == "5 of 5 shown"
+    browser.choose("kind", "look")
+    assert browser.shown()[0] == "2 of 5 shown" and browser.run("return location.hash") == "#kind=look"
+    browser.choose("right", "yes")
+    assert browser.shown() == ["1 of 5 shown", ["red?"]]
+    browser.run("document.querySelector('button[type=reset]').click()")
+    browser.choose("base", "table")
+    assert browser.shown() == ["1 of 5 shown", ["how many?"]]
+    browser.open(hostile.as_uri() + "#right=mixed&kind=no+such", 1280)      # an address that somebody was sent
+    assert browser.shown()[0] == "1 of 5 shown"
+
+
+def test_no_text_runs_in_a_browser(hostile, browser):
+    browser.open(hostile.as_uri(), 1280)
+    assert browser.run("return window.hacked ?? null") is None
+    assert browser.run("return document.querySelectorAll('hostile, script').length") == 1
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_fits_the_width(width, hostile, browser):
+    browser.open(hostile.as_uri(), width)
+    inner, content = browser.run("return [innerWidth, document.documentElement.scrollWidth]")
+    assert inner == width and content <= width                              # nothing to scroll sideways
+    columns = browser.run("return new Set([...document.querySelectorAll('.card')].map(c => c.offsetLeft)).size")
+    assert columns == (2 if width > 1000 else 1)
+
+
+def test_the_axis_is_chosen_with_a_button(hostile, browser):
+    browser.open(hostile.as_uri(), 1280)
+    seen = ("const seen = [...document.querySelectorAll('#curves img')].filter(i => i.offsetHeight);"
+            "return [...new Set(seen.map(i => i.className))]")
+    assert browser.run(seen) == ["steps"]
+    browser.run("document.querySelector('label[for=x-tokens]').click()")
+    assert browser.run(seen) == ["tokens"]
