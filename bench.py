@@ -286,7 +286,7 @@ def bench_reading(o, name, vlm, peer, batch):
     """forward: all logits. prefill: what generation begins with, the cache kept, logits of the last token only."""
     theirs, real, close = for_peer(peer, batch), batch["attention_mask"], 1e-4 if o.dtype == torch.float32 else 0.05
     read = {"ours": lambda: vlm(**batch), "transformers": lambda: peer(**theirs, use_cache=False).logits}
-    fill = {"ours": lambda: vlm.head(vlm.prefill(**batch, room=o.load.new)[1])[:, None],
+    fill = {"ours": lambda: vlm.head(vlm.prefill(**batch)[1])[:, None],
             "transformers": lambda: peer(**theirs, use_cache=True, logits_to_keep=1).logits}
     for title, ways in (("forward", read), ("prefill", fill)):
         a, b = (way() for way in ways.values())                                   # (B, T or 1, V)
@@ -591,9 +591,9 @@ def recall_of(rows, truth):
     return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(rows, truth)]))
 
 
-def least_ef(rows_at, truth, target):
-    """The smallest number of candidates, in steps of 5, with which rows_at(ef) (Q, k) reaches the recall."""
-    return next((ef for ef in range(truth.shape[1], 1000, 5) if recall_of(rows_at(ef), truth) >= target), 1000)
+def least_ef(rows_at, truth, target, step=5):
+    """The smallest number of candidates, in steps, with which rows_at(ef) (Q, k) reaches the recall."""
+    return next((ef for ef in range(truth.shape[1], 1000, step) if recall_of(rows_at(ef), truth) >= target), 1000)
 
 
 def given_encoder(vectors, queries):
@@ -658,11 +658,13 @@ def bench_base(o, folder, k=10, M=16, ef_construction=200):
     yield figure("disk", sum(f.stat().st_size for f in (folder / "base").iterdir()) / len(vectors), "bytes a vector")
     yield figure("memory", in_fresh_process(base_memory, folder / "base") / len(vectors), "bytes a vector")
     kb = KnowledgeBase.load(folder / "base", encoder, ef=ef)
-    yield from bench_search(o, kb, near, truth, vectors, queries, ef)
+    yield from bench_search(o, kb, docs, near, truth, vectors, queries, ef)
 
 
-def bench_search(o, kb, near, truth, vectors, queries, ef):
-    """Scores and rows of the best k, as the libraries return them; hits with their texts; one query at a time."""
+def bench_search(o, kb, docs, near, truth, vectors, queries, ef):
+    """Scores and rows of the best k, as the libraries return them; hits with their texts; one query at a time; how fast
+    exact search goes over its half-precision vectors."""
+    from retrieve import KnowledgeBase
     k, asked = truth.shape[1], list(map(str, range(len(queries))))
     scores, rows = kb.search_vectors(queries, k)                                  # (Q, k) each
     recall = recall_of(rows, truth)
@@ -670,25 +672,31 @@ def bench_search(o, kb, near, truth, vectors, queries, ef):
     agree([[hit.id for hit in hits] for hits in kb.search(asked, k)] == rows.astype(str).tolist(), "search: hits are")
     agree(abs(recall - recall_of(near("hnswlib", ef), truth)) < 0.01, "search: recall is")
     yield figure(f"recall@{k}, ef {ef}", recall, "of 1", at_least=0.98)
-    faiss_ef = least_ef(lambda ef: near("faiss", ef), truth, recall)
+    faiss_ef = least_ef(lambda ef: near("faiss", ef), truth, recall, step=1)
     ways = {"ours": lambda: kb.search_vectors(queries, k), "hits": lambda: kb.search(asked, k),
             "hnswlib": lambda: near("hnswlib", ef), "faiss": lambda: near("faiss", faiss_ef)}
     times = in_turns(ways, o.load.runs)
     yield compared("search against hnswlib", times, "ours", "hnswlib", len(queries), "queries/s", 0.9)
     yield compared(f"search against faiss, ef {faiss_ef}", times, "ours", "faiss", len(queries), "queries/s", 1.0)
     yield compared("search, hits with texts", times, "hits", "hnswlib", len(queries), "queries/s")
-    few = queries[:100]
+    few, flat = queries[:100], KnowledgeBase.build(docs, kb.encoder, index="flat")
+    agree(recall_of(flat.search_vectors(few, k)[1], truth) > 0.98, "flat: rows, but for half precision, are")
     for title, parts, goal in (("one by one", [few[i:i + 1] for i in range(len(few))], 20.0), ("at once", [few], None)):
         times = in_turns({"ours": lambda: [kb.search_vectors(part, k) for part in parts],
-                          "numpy": lambda: [exact(vectors, part, k) for part in parts]}, o.load.runs)
+                          "numpy": lambda: [exact(vectors, part, k) for part in parts],
+                          "flat": lambda: [flat.search_vectors(part, k) for part in parts]}, o.load.runs)
         yield compared(f"{len(few)} queries {title}", times, "ours", "numpy", len(few), "queries/s", goal)
+        read = 2 * vectors.size * len(parts)                                      # bytes of half-precision vectors
+        yield figure(f"flat, {len(few)} queries {title}", read / 1e9 / median(times["flat"]), "GB/s")
 
 
 # -------------------------------------------------------------------------------------------------------- part: router
 
 
 def bench_router(o):
-    """Questions of an embedded world through the router: all at once against one by one; where the time goes."""
+    """Questions of an embedded world through the router: all at once against one by one; where the time goes.
+
+    The model's share is that of generation; prompts, pictures, decoding and parsing are the rest."""
     from infer import Router, load_prompts, load_questions, world_bases
     path, said = Path(o.model), {}
     with tempfile.TemporaryDirectory() as world:
@@ -700,12 +708,26 @@ def bench_router(o):
         vlm, processor = VLM.from_pretrained(path, o.dtype, o.device), Processor.from_pretrained(path)
         own = load_prompts(path / "prompts.json") if (path / "prompts.json").is_file() else {}
         router = Router(vlm, processor, world_bases(world), prompts=own, max_new_tokens=64)
-        ways = {"ours": lambda: said.update(batch=router.run(rows)),
-                "one by one": lambda: said.update(single=[router.run([row])[0] for row in rows])}
+        generate, spent = vlm.generate, []
+
+        def timed(**batch):
+            start = time.perf_counter()
+            samples = generate(**batch)
+            if o.device != "cpu":
+                torch.cuda.synchronize()
+            spent.append(time.perf_counter() - start)
+            return samples
+
+        def at_once():
+            spent.clear()
+            said.update(batch=router.run(rows), model=sum(spent))
+
+        vlm.generate = timed
+        ways = {"ours": at_once, "one by one": lambda: said.update(single=[router.run([row])[0] for row in rows])}
         times = in_turns(ways, min(o.load.runs, 3), o.device, warm=False)
     agree([t.answer for t in said["batch"]] == [t.answer for t in said["single"]], "router: answers are")
     yield compared(f"{len(rows)} questions in batch", times, "ours", "one by one", len(rows), "questions/s", 4.0)
-    model = sum(t.seconds_model for t in said["batch"]) / times["ours"][-1]
+    model = said["model"] / times["ours"][-1]
     search = sum(t.seconds_search for t in said["batch"]) / times["ours"][-1]
     yield figure("time in the model", model, "of 1")
     yield figure("time in search", search, "of 1")

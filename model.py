@@ -6,8 +6,8 @@ What flows through this file:
 
 Legend of shapes
     B rows of a batch   T tokens of a row   C hidden size   H query heads   KV key/value heads   D head dimension
-    V vocabulary   P image patches of all pictures of a batch   S cached tokens
-    N prompts   n samples of a prompt (B = N * n)   M response tokens
+    V vocabulary   P image patches of all pictures of a batch; in (N, P) tokens of a prompt   S key slots of a sample
+    N prompts   n samples of a prompt (B = N * n)   g = H / KV   M response tokens
     a picture's grid is (t, h, w) patches; the merger makes one image token of 2 x 2 patches
 
 Sources: Qwen2.5-VL technical report (arXiv 2502.13923), M-RoPE (Qwen2-VL, arXiv 2409.12191), grouped-query attention
@@ -126,7 +126,8 @@ def read_config(source):
     text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta", 1e6))
     text["tie_word_embeddings"] = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     text["image_token_id"] = raw.get("image_token_id", text.get("image_token_id"))
-    given = {f.name: text[f.name] for f in fields(Config) if f.name not in ("vision", "raw") and text.get(f.name) is not None}
+    names = [f.name for f in fields(Config) if f.name not in ("vision", "raw")]
+    given = {name: text[name] for name in names if text.get(name) is not None}
     needed = [f.name for f in fields(Config) if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in needed if name not in given]:
         raise ValueError(f"{where}: missing {', '.join(missing)}")
@@ -181,13 +182,18 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def rotate(x, cos, sin):
-    """Rotary position embedding: turn the pairs (x[i], x[i + D/2]) by their angles.
+def turns(angles):
+    """The angles (..., D/2) of rotary pairs -> the factors (..., D) that `rotate` takes: cosines, signed sines."""
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
-    x (..., D); cos, sin broadcast to (..., D/2).
+
+def rotate(x, cos, sin):
+    """Rotary position embedding: turn the pairs (a, b) = (x[i], x[i + D/2]) to (a cos - b sin, b cos + a sin).
+
+    x (..., D); cos, sin of `turns`, broadcast to it. Rolling x by half its length puts the b under the a.
     """
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------- vision tower
@@ -300,11 +306,10 @@ class VisionTower(nn.Module):
         self.merger = PatchMerger(c, out_size)
 
     def angles(self, rows, cols):
-        """Half of the rotary pairs turn with the row, half with the column: (P,), (P,) -> (P, 1, D/2)."""
+        """Half of the rotary pairs turn with the row, half with the column: (P,), (P,) -> cos, sin (P, 1, D)."""
         quarter = self.c.hidden_size // self.c.num_heads // 4
         speed = 10000.0 ** (-torch.arange(quarter, device=rows.device) / quarter)
-        a = torch.cat((rows[:, None] * speed, cols[:, None] * speed), dim=-1)[:, None]
-        return a.cos(), a.sin()
+        return turns(torch.cat((rows[:, None] * speed, cols[:, None] * speed), dim=-1)[:, None])
 
     def forward(self, patches, grids):
         """patches (P, channels * frames * size^2), grids: list of (t, h, w) -> (P / 4, C) in reading order."""
@@ -331,94 +336,69 @@ class VisionTower(nn.Module):
 
 
 class KVCache:
-    """Keys and values of everything read so far, as a list of segments.
+    """Keys and values of everything read so far, in two parts.
 
-    A segment holds, for each layer, keys and values (R, KV, S, D). R may be the number of rows B or a divisor of it: a
-    prompt that n samples share is one row of a segment with R = B / n. Only the last segment grows.
+    The prompts are read first, all at once, and then shared by their n samples, so they are kept once a prompt. Behind
+    them each sample has room of its own for what it says. The key slots of a row are numbered through both parts:
+    0 ... P - 1 the prompt, then its own.
+
+    Where `static` is set, every step looks at the whole room instead of its filled part, so that all steps have the
+    same shapes; and the number of filled slots is kept on the device too. Such a step can be replayed as a CUDA graph.
     """
-    def __init__(self, config, rows, room, like):
-        self.config, self.rows, self.segments = config, rows, []
-        self.open(room, like)
+    def __init__(self, valid):
+        """valid (N, P) bool: False where a prompt is padded."""
+        self.prompts, self.valid = [], valid                     # for each layer: keys, values (N, KV, P, D)
 
-    def open(self, room, like):
-        """Start a new segment with room for that many tokens."""
-        c = self.config
-        shape = (c.num_hidden_layers, 2, self.rows, c.num_key_value_heads, room, c.head_dim)
-        kv = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.segments.append({"kv": kv, "length": 0, "valid": None})
+    def share(self, n, room, static=False):
+        """From here on every prompt stands for n samples, each with room for that many tokens of its own."""
+        (k, _), (N, P) = self.prompts[0], self.valid.shape
+        _, KV, _, D = k.shape
+        self.own = k.new_zeros(len(self.prompts), 2, N, KV, n, room, D)              # a key and a value of each layer
+        self.valid = F.pad(self.valid[:, None].expand(N, n, P), (0, room), value=True)     # (N, n, P + room) key slots
+        self.static = static
+        self.filled, self.end = P, torch.tensor(P, device=k.device)               # one number, here and on the device
 
-    def share(self, n, room):
-        """From here on every row stands for n samples; what was read so far is kept once."""
-        self.rows *= n
-        self.open(room, self.segments[-1]["kv"])
+    def keep(self, prompts):
+        """Keep these prompts and their samples: prompts (N',) long."""
+        self.prompts = [(k[prompts], v[prompts]) for k, v in self.prompts]
+        self.own, self.valid = self.own[:, :, prompts], self.valid[prompts]
 
-    def keep(self, alive):
-        """Keep only these rows of the first segment (the prompts) and the samples that belong to them.
-
-        alive (N',) long.
-        """
-        prompts = self.segments[0]["kv"].shape[2]
-        for s in self.segments:
-            n = s["kv"].shape[2] // prompts
-            rows = (alive[:, None] * n + torch.arange(n, device=alive.device)).flatten()
-            s["kv"] = s["kv"][:, :, rows]
-            s["valid"] = None if s["valid"] is None else s["valid"][rows]
-        self.rows = len(rows)
-
-    def extend(self, valid):
-        """Make place for T more tokens. valid (B, T) bool: False at padding.
-
-        Returns the mask that each segment needs.
-        """
-        last = self.segments[-1]
-        T, old = valid.shape[1], last["valid"]
-        if old is None:
-            old = torch.ones(len(valid), last["length"], dtype=torch.bool, device=valid.device)
-        last["valid"] = torch.cat((old, valid), dim=1)                                      # (B, S)
-        last["length"] += T
-        masks = [s["valid"][:, None, None, None, None, :] for s in self.segments]           # (R, 1, 1, 1, 1, S)
-        S = last["length"]
-        causal = torch.ones(T, S, dtype=torch.bool, device=valid.device).tril(S - T)
+    def extend(self, T, valid=None):
+        """Make place for T more tokens a row, of which valid (B, T) bool is False at padding, and settle for all layers
+        which key slots they will see: the prompt, what was said before, and of the new tokens those before them."""
+        (N, n, slots), device = self.valid.shape, self.end.device
+        self.new = self.end + torch.arange(T, device=device)                         # (T,) the slots they take
+        self.end += T
+        self.filled += T
+        if valid is not None:
+            self.valid[:, :, self.new] = valid.view(N, n, T)
+        seen = slots if self.static else self.filled
+        slot, new = torch.arange(seen, device=device), self.new[:, None]
         # padding sees itself: no row without a key
-        own = torch.eye(T, dtype=torch.bool, device=valid.device)
-        own = F.pad(own, (S - T, 0))
-        masks[-1] = (masks[-1] & causal) | own                                              # (B, 1, 1, 1, T, S)
-        return masks
+        sees = self.valid[:, :, None, :seen] & (slot <= new) | (slot == new)         # (N, n, T, seen)
+        bias = torch.zeros_like(sees, dtype=self.own.dtype).masked_fill_(~sees, -torch.inf)
+        self.bias = bias[:, None, :, None]                                           # (N, 1, n, 1, T, seen)
 
-    def put(self, layer, k, v):
-        """Store the new keys and values (B, KV, T, D) of a layer; returns [(keys, values)] of all segments."""
-        last = self.segments[-1]
-        end = last["length"]
-        last["kv"][layer, 0, :, :, end - k.shape[2]:end] = k
-        last["kv"][layer, 1, :, :, end - k.shape[2]:end] = v
-        return [(s["kv"][layer, 0, :, :, :s["length"]], s["kv"][layer, 1, :, :, :s["length"]]) for s in self.segments]
+    def attend(self, layer, q, k, v):
+        """Attention of the new tokens, whose keys and values are stored: q (B, H, T, D), k, v (B, KV, T, D) ->
+        (B, H, T, D).
 
-
-def attend_segments(q, segments, masks):
-    """Attention of new tokens over all segments of a cache.
-
-    q (B, H, T, D), segments [(k, v)] with (R, KV, S, D) -> (B, H, T, D). The n rows that share a segment's row, and the
-    H / KV query heads that share a key head, become rows of one matrix product, so that a shared prompt is read from
-    memory once for all its samples.
-    """
-    B, H, T, D = q.shape
-    q, scores = q * D ** -0.5, []
-    for (k, _), mask in zip(segments, masks):
-        R, KV, S, _ = k.shape
-        n, g = B // R, H // KV
-        together = q.view(R, n, KV, g * T, D).transpose(1, 2).reshape(R, KV, n * g * T, D)
-        s = (together @ k.transpose(-1, -2)).view(R, KV, n, g, T, S).transpose(1, 2)          # (R, n, KV, g, T, S)
-        if mask is not None:
-            s = s.masked_fill(~mask, -torch.inf)
-        scores.append(s.reshape(B, KV, g, T, S))
-    weights = torch.cat(scores, dim=-1).softmax(-1, dtype=torch.float32).to(q.dtype)
-    out = 0
-    for w, (_, v) in zip(weights.split([k.shape[2] for k, _ in segments], dim=-1), segments):
-        R, KV, S, _ = v.shape
-        n, g = B // R, H // KV
-        together = w.reshape(R, n, KV, g * T, S).transpose(1, 2).reshape(R, KV, n * g * T, S)
-        out = out + (together @ v).view(R, KV, n, g, T, D).transpose(1, 2).reshape(B, H, T, D)
-    return out
+        The n samples of a prompt, and the H / KV query heads that share a key head, become rows of one matrix product,
+        so that a shared prompt is read from memory once for all its samples.
+        """
+        (past_k, past_v), (B, H, T, D) = self.prompts[layer], q.shape
+        N, KV, P, _ = past_k.shape
+        n, g = B // N, H // KV
+        for own, x in zip(self.own[layer], (k, v)):
+            own.index_copy_(3, self.new - P, x.view(N, n, KV, T, D).transpose(1, 2))
+        own_k, own_v = self.own[layer, ..., :self.bias.shape[-1] - P, :]             # (N, KV, n, S, D) each
+        q = D ** -0.5 * q.reshape(N, n, KV, g * T, D).transpose(1, 2)                # (N, KV, n, g T, D)
+        past = q.reshape(N, KV, n * g * T, D) @ past_k.transpose(-1, -2)             # (N, KV, n g T, P)
+        scores = torch.cat((past.view(N, KV, n, g * T, P), q @ own_k.transpose(-1, -2)), dim=-1).unflatten(3, (g, T))
+        weights = (scores + self.bias).softmax(-1, dtype=torch.float32).to(q.dtype)  # (N, KV, n, g, T, P + S)
+        past, own = weights.flatten(3, 4).split((P, own_k.shape[-2]), dim=-1)        # (N, KV, n, g T, P or S)
+        y = (past.reshape(N, KV, n * g * T, P) @ past_v).view(q.shape) + own @ own_v
+        return y.transpose(1, 2).reshape(B, H, T, D)
 
 
 class Attention(nn.Module):
@@ -430,18 +410,40 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.fused = None                                           # weight and bias of q, k and v inside `fused_qkv`
 
     def forward(self, x, cos, sin, mask, cache, layer):
         B, T, _ = x.shape
-        q = rotate(self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2), cos, sin)      # (B, H, T, D)
-        k = rotate(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2), cos, sin)   # (B, KV, T, D)
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
-        segments = cache.put(layer, k, v) if cache is not None else None
-        if isinstance(mask, list):      # tokens were read before
-            y = attend_segments(q, segments, mask)
+        if self.fused:
+            qkv = F.linear(x, *self.fused)
+        else:
+            qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
+        qkv = qkv.view(B, T, -1, self.head_dim).transpose(1, 2)                         # (B, H + 2 KV, T, D)
+        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
+        q, k = rotate(qk, cos, sin).split((self.heads, self.kv_heads), dim=1)           # (B, H, T, D), (B, KV, T, D)
+        if cache is not None and layer < len(cache.prompts):        # something was read before
+            y = cache.attend(layer, q, k, v)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+            if cache is not None:
+                cache.prompts.append((k.contiguous(), v.contiguous()))
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+@contextmanager
+def fused_qkv(decoder):
+    """Inside, q, k and v of a layer are one matrix product, with a copy of their weights (a twentieth of a published
+    model); layers with an adapter keep their three."""
+    layers = [layer.self_attn for layer in decoder.layers]
+    for a in layers:
+        parts = (a.q_proj, a.k_proj, a.v_proj)
+        if all(type(p) is nn.Linear for p in parts):
+            a.fused = torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts])
+    try:
+        yield
+    finally:
+        for a in layers:
+            a.fused = None
 
 
 class DecoderLayer(nn.Module):
@@ -469,20 +471,17 @@ class Decoder(nn.Module):
     def angles(self, positions):
         """M-RoPE: a rotary pair turns with the time, the height or the width of its token.
 
-        positions (3, B, T) -> cos, sin (B, 1, T, D/2).
+        positions (3, B, T) -> cos, sin (B, 1, T, D).
         """
-        c, device = self.c, positions.device
-        even = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32)
-        speed = c.rope_theta ** (-even / c.head_dim)                                    # (D/2,)
-        axis = torch.tensor([i for i, size in enumerate(c.mrope_section) for _ in range(size)],
-                            device=device)                                              # (D/2,)
-        a = positions[axis].permute(1, 2, 0)[:, None] * speed                           # (B, 1, T, D/2)
-        return a.cos(), a.sin()
+        even = torch.arange(0, self.c.head_dim, 2, device=positions.device, dtype=torch.float32)
+        speed = self.c.rope_theta ** (-even / self.c.head_dim)                          # (D/2,)
+        axes = zip(positions[:, :, None, :, None], speed.split(self.c.mrope_section))
+        return turns(torch.cat([position * s for position, s in axes], dim=-1))
 
     def forward(self, x, positions, mask=None, cache=None):
         """x (B, T, C) embedded tokens -> (B, T, C) normalised hidden states.
 
-        mask: None (causal), a bool (B, 1, T, T), or the list of `KVCache.extend` where the cache already holds tokens.
+        mask: None (causal) or a bool (B, 1, T, T); a cache that holds tokens already knows what is seen.
         """
         cos, sin = (a.to(x.dtype) for a in self.angles(positions))
         for i, layer in enumerate(self.layers):
@@ -519,22 +518,55 @@ def pick(logits, temperature, top_k, top_p, noise):
 
     The log-probability is that of softmax(logits / temperature) before top-k and top-p, as `log_probs` recomputes it.
     """
-    logits = logits.float()
-    logps = F.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
+    probs = F.softmax(logits.float() / (temperature or 1.0), dim=-1)
     if temperature == 0:
         tokens = logits.argmax(-1)
     else:
-        kept = logps
+        kept = probs
         if 0 < top_k < logits.shape[-1]:
-            kept = kept.masked_fill(kept < kept.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
+            kept = kept.masked_fill(kept < kept.topk(top_k, dim=-1).values[:, -1:], 0)
         if top_p < 1.0:
-            ordered, index = kept.softmax(-1).sort(dim=-1, descending=True)
+            ordered, index = (kept / kept.sum(-1, keepdim=True)).sort(dim=-1, descending=True)
             outside = ordered.cumsum(-1) - ordered >= top_p                # the more likely tokens already hold top_p
-            kept = kept.masked_fill(torch.zeros_like(outside).scatter(1, index, outside), -torch.inf)
-        below = kept.exp().cumsum(-1)                    # inverse of the distribution function: one random number a row
+            kept = kept.masked_fill(torch.zeros_like(outside).scatter(1, index, outside), 0)
+        below = kept.cumsum(-1)                          # inverse of the distribution function: one random number a row
         u = noise[:, None].clamp(max=1 - 1e-6) * below[:, -1:]
         tokens = torch.searchsorted(below, u, right=True)[:, 0]
-    return tokens, logps.gather(1, tokens[:, None])[:, 0]
+    return tokens, probs.gather(1, tokens[:, None])[:, 0].log()
+
+
+class NextToken:
+    """The decode step: the tokens that were sampled go in, the logits of the next ones come out.
+
+    On CUDA a step of static shapes is recorded as a graph, which launches its hundreds of small kernels at once. All
+    that differs from step to step (tokens, positions, the cache's end) is therefore kept on the device in tensors that
+    are changed in place.
+    """
+    def __init__(self, vlm, cache, position):
+        """position (B,): where the tokens of the first step stand."""
+        self.vlm, self.cache, self.position = vlm, cache, position
+        self.token, self.calls, self.graph = torch.zeros_like(position), 0, None
+
+    def compute(self):
+        """Read `token` (B,), advance all rows by one -> logits (B, V)."""
+        self.cache.extend(1)
+        x = self.vlm.model.embed_tokens(self.token[:, None])                            # (B, 1, C)
+        hidden = self.vlm.model(x, self.position.expand(3, -1)[..., None], cache=self.cache)
+        self.position += 1
+        return self.vlm.head(hidden[:, 0])
+
+    def __call__(self, token):
+        """token (B,) -> logits (B, V), which the next call may overwrite."""
+        self.token.copy_(token)
+        self.calls += 1
+        if not (token.is_cuda and self.cache.static) or self.calls == 1:      # the first call loads the kernels
+            return self.compute()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):                                          # recorded, not yet run
+                self.logits = self.compute()
+        self.graph.replay()
+        return self.logits
 
 
 class VLM(nn.Module):
@@ -706,61 +738,63 @@ class VLM(nn.Module):
         pictures do not match."""
         return self.head(self.hidden_states(input_ids, attention_mask, pixel_values, image_grid_thw))
 
-    def prefill(self, input_ids, attention_mask, pixel_values, image_grid_thw, room=0):
-        """Read the prompts once: their cache (with room for that many more tokens), the last token's hidden state
-        (B, C), the next position (B,)."""
+    def prefill(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None):
+        """Read the prompts once: their cache, the last token's hidden state (N, C), the next position (N,)."""
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        x = self.embed(input_ids, pixel_values, image_grid_thw)
         positions, after = self.positions(input_ids, valid, image_grid_thw)
-        cache = KVCache(self.config, len(x), x.shape[1] + room, x)
-        cache.extend(valid)
-        hidden = self.model(x, positions, padding_mask(valid), cache)
-        last = (valid.long() * torch.arange(x.shape[1], device=x.device)).argmax(1)    # the last real token of each row
-        return cache, hidden[torch.arange(len(x), device=x.device), last], after
+        cache = KVCache(valid)
+        hidden = self.model(self.embed(input_ids, pixel_values, image_grid_thw), positions, padding_mask(valid), cache)
+        N, P = valid.shape
+        last = (valid.long() * torch.arange(P, device=valid.device)).argmax(1)       # the last real token of each row
+        return cache, hidden[torch.arange(N, device=valid.device), last], after
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, *, n=1,
-                 max_new_tokens=256, temperature=1.0, top_k=0, top_p=1.0, eos_ids=(), generator=None, noise=None):
-        """Sample n continuations of each prompt (B, T) -> Samples of B * n rows.
+                 max_new_tokens=256, temperature=1.0, top_k=0, top_p=1.0, eos_ids=(), generator=None, noise=None,
+                 static=None):
+        """Sample n continuations of each prompt (N, P) -> Samples of B = N * n rows.
 
         temperature 0 is greedy; top_k 0 and top_p 1 switch these filters off. A prompt is read once for all its
         samples; prompts whose samples are all finished leave the batch. All that is random is noise
-        (B * n, max_new_tokens), uniform numbers in [0, 1), drawn from the generator where none is given: row i, column
+        (B, max_new_tokens), uniform numbers in [0, 1), drawn from the generator where none is given: row i, column
         t decides token t of sample i, so that a sample depends on no row beside it, but for rounding.
+        static: steps of static shapes, by default on CUDA, where they are replayed as a graph.
         """
         if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or n < 1 or max_new_tokens < 1:
             raise ValueError(f"generate: temperature {temperature} >= 0, 0 < top_p {top_p} <= 1, top_k {top_k} >= 0, "
                              f"n {n} >= 1 and max_new_tokens {max_new_tokens} >= 1 are expected")
-        cache, hidden, position = self.prefill(input_ids, attention_mask, pixel_values, image_grid_thw)
-        device, B = input_ids.device, len(input_ids)
+        device, B = input_ids.device, len(input_ids) * n
+        static = input_ids.is_cuda if static is None else static
         eos = torch.tensor(list(eos_ids), device=device, dtype=torch.long)
-        tokens = torch.full((B * n, max_new_tokens), int(eos[0]) if len(eos) else 0, device=device)
-        mask = torch.zeros(B * n, max_new_tokens, dtype=torch.bool, device=device)
-        logps = torch.zeros(B * n, max_new_tokens, device=device)
+        tokens = torch.full((B, max_new_tokens), int(eos[0]) if len(eos) else 0, device=device)
+        mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
+        logps = torch.zeros(B, max_new_tokens, device=device)
         if noise is None:
-            noise = torch.rand(B * n, max_new_tokens, generator=generator, device=device)
-        hidden, position = hidden.repeat_interleave(n, 0), position.repeat_interleave(n)
-        cache.share(n, max_new_tokens)
-        rows = torch.arange(B * n, device=device)                     # which rows of the result are still in the batch
-        done = torch.zeros(B * n, dtype=torch.bool, device=device)    # of those: finished, but a sibling is not
-        for t in range(max_new_tokens):
-            new, logp = pick(self.head(hidden), temperature, top_k, top_p, noise[rows, t])
-            live = rows[~done]
-            tokens[live, t], logps[live, t], mask[live, t] = new[~done], logp[~done], True
-            done = done | torch.isin(new, eos)
-            finished = done.view(-1, n).all(1)                        # (prompts in the batch,)
-            if t + 1 == max_new_tokens or finished.all():
-                break
-            if finished.float().mean() > 0.2:                         # leaving costs a copy of the cache
-                alive = (~finished).nonzero()[:, 0]
-                cache.keep(alive)
-                kept = (alive[:, None] * n + torch.arange(n, device=device)).flatten()
-                rows, done, new, position = rows[kept], done[kept], new[kept], position[kept]
-            x = self.model.embed_tokens(new[:, None])
-            cache.segments[-1]["length"] += 1
-            masks = [cache.segments[0]["valid"][:, None, None, None, None], None]
-            hidden = self.model(x, position.expand(3, 1, -1).transpose(1, 2), masks, cache)[:, 0]
-            position = position + 1
+            noise = torch.rand(B, max_new_tokens, generator=generator, device=device)
+        rows = torch.arange(B, device=device)                         # which rows of the result are still in the batch
+        live = torch.ones(B, dtype=torch.bool, device=device)         # of those: not finished, as a sibling may be
+        with fused_qkv(self.model):
+            cache, hidden, position = self.prefill(input_ids, attention_mask, pixel_values, image_grid_thw)
+            cache.share(n, max_new_tokens, static)
+            step = NextToken(self, cache, position.repeat_interleave(n))
+            logits = self.head(hidden).repeat_interleave(n, 0)                                  # (B, V)
+            for t in range(max_new_tokens):
+                new, logp = pick(logits, temperature, top_k, top_p, noise[rows, t])
+                tokens[rows, t] = torch.where(live, new, tokens[rows, t])
+                logps[rows, t], mask[rows, t] = logp * live, live
+                live = live & ~torch.isin(new, eos)
+                unfinished = live.view(-1, n).any(1)                  # (prompts in the batch,)
+                left = int(unfinished.sum())
+                if t + 1 == max_new_tokens or not left:
+                    break
+                # leaving costs a copy of the cache, and with a graph its new recording
+                if left < (0.5 if static else 0.8) * len(unfinished):
+                    prompts = unfinished.nonzero()[:, 0]
+                    kept = (prompts[:, None] * n + torch.arange(n, device=device)).flatten()
+                    rows, live, new = rows[kept], live[kept], new[kept]
+                    cache.keep(prompts)
+                    step = NextToken(self, cache, step.position[kept])
+                logits = step(new)
         return Samples(tokens[:, :t + 1], mask[:, :t + 1], logps[:, :t + 1])
 
     # ---------------------------------------------------------------------------------- log-probabilities with gradient
@@ -824,7 +858,7 @@ class VLM(nn.Module):
         K = int(flat.sum(1).max())
         place = flat.long().argsort(dim=1, descending=True, stable=True)[:, :K]         # (N, K) where each stood
         real, packed = flat.gather(1, place), tokens.reshape(N, n * L).gather(1, place)
-        response, t = place // L, place % L                                             # whose token, and the how manieth
+        response, t = place // L, place % L                                             # whose token, which of its
         positions = torch.cat((before, (after[:, None] + t).expand(3, -1, -1)), dim=2)  # (3, N, P + K)
         block = torch.cat((torch.full_like(input_ids, -1), response), dim=1)            # -1: the prompt
         seen = torch.cat((valid, real), dim=1)                                          # padding is seen by nobody

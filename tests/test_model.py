@@ -18,6 +18,7 @@ from hypothesis import given, settings, strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
@@ -249,6 +250,96 @@ def test_rows_leave_the_batch(tiny):
     assert tripled == [row for row in expected for _ in range(3)]
 
 
+@pytest.fixture
+def shapes(monkeypatch):
+    """What each decode step saw: (rows, key slots)."""
+    seen, extend = [], model.KVCache.extend
+
+    def noted(cache, T, valid=None):
+        extend(cache, T, valid)
+        seen.append((cache.valid.shape[0] * cache.valid.shape[1], cache.bias.shape[-1]))
+    monkeypatch.setattr(model.KVCache, "extend", noted)
+    return seen
+
+
+def test_static_shapes_give_the_same_tokens(tiny, shapes):
+    """The step that CUDA records, run plainly: rows leave, yet every step looks at the whole room; tokens are those of
+    transformers, samples and log-probabilities those of the growing step."""
+    batch = make_batch(tiny.config, BATCHES["padded, with and without pictures"] * 2, seed=3)
+    free = hf_greedy(tiny.hf, batch, 20)
+    eos = tuple(free.flatten().bincount().topk(8).indices.tolist())
+    ours = tiny.vlm.generate(**batch, n=2, max_new_tokens=20, eos_ids=eos, static=True, **GREEDY)
+    assert sampled(ours) == [row for row in cut(free, eos) for _ in range(2)]
+    assert {slots for _, slots in shapes} == {batch["input_ids"].shape[1] + 20}
+    assert len({rows for rows, _ in shapes}) > 1  # the case is what it claims to be
+    options = dict(n=3, max_new_tokens=12, eos_ids=range(0, 280, 9))
+    static, plain = (tiny.vlm.generate(**batch, generator=seeded(0), static=on, **options) for on in (True, False))
+    assert sampled(static) == sampled(plain)
+    assert (static.logps - plain.logps).abs().max() < 1e-5
+
+
+def test_the_growing_step_looks_at_what_is_there(tiny, shapes):
+    tiny.vlm.generate(**make_batch(tiny.config, [[6], [3]]), max_new_tokens=4, **GREEDY)
+    assert shapes == [(2, 7), (2, 8), (2, 9)]
+
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph for the CPU: it notes every operation with its operands, leaves the memory as it was, and runs the
+    same operations on the same memory as often as it is replayed."""
+    taped = []
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.before, self.replays = [], [], 0
+        self.taped.append(self)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation._schema.is_mutable:
+            self.before.append((args[0], args[0].clone()))
+        out = operation(*args, **(kwargs or {}))
+        self.calls.append((operation, args, kwargs or {}, out))
+        return out
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for tensor, before in reversed(self.before):
+            tensor.copy_(before)
+
+    def replay(self):
+        self.replays += 1
+        for operation, args, kwargs, out in self.calls:
+            again = operation(*args, **kwargs)
+            for old, new in [(out, again)] if isinstance(out, torch.Tensor) else zip(out, again):
+                if old is not None and old.data_ptr() != new.data_ptr():  # neither a view nor changed in place
+                    old.copy_(new)
+
+
+def test_a_recorded_step_can_be_replayed(tiny, monkeypatch):
+    """What `generate` does on CUDA, with a tape as the graph: one recorded step continues for all later ones, without a
+    look at the host, until rows leave and the smaller step is recorded anew."""
+    batch = make_batch(tiny.config, BATCHES["padded, with and without pictures"] * 2, seed=3)
+    free = hf_greedy(tiny.hf, batch, 20)
+    eos = tuple(free.flatten().bincount().topk(8).indices.tolist())
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
+    monkeypatch.setattr(torch.cuda, "graph", lambda tape: tape)
+    monkeypatch.setattr(Tape, "taped", [])
+    samples = tiny.vlm.generate(**batch, n=2, max_new_tokens=20, eos_ids=eos, **GREEDY)
+    assert sampled(samples) == [row for row in cut(free, eos) for _ in range(2)]
+    assert len(Tape.taped) > 1 and sum(tape.replays for tape in Tape.taped) > 5
+    names = {operation.name() for tape in Tape.taped for operation, *_ in tape.calls}
+    assert not names & {"aten::_local_scalar_dense", "aten::nonzero", "aten::lift_fresh", "aten::is_nonzero"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+def test_generation_on_cuda(tiny):
+    vlm = model.VLM.from_pretrained(tiny.path, device="cuda")
+    batch = make_batch(tiny.config, BATCHES["padded, with and without pictures"], seed=2)
+    expected = hf_greedy(tiny.hf, batch, 16).repeat_interleave(2, 0)
+    batch = {name: value.to("cuda") for name, value in batch.items()}
+    assert torch.equal(vlm.generate(**batch, n=2, max_new_tokens=16, **GREEDY).tokens.cpu(), expected)
+
+
 def test_greedy_after_a_first_end_token(tiny):
     """An answer of one token, for every row, is one column."""
     batch = make_batch(tiny.config, [[6], [3]])
@@ -348,16 +439,15 @@ def test_a_chunk_appended_to_the_cache(tiny, n):
     lengths = [[[5]] * rows, [[1 + i % 4] for i in range(rows)]]
     chunks = [make_batch(tiny.config, words, seed) for words, seed in zip(lengths, (7, 8))]
     with torch.no_grad():
-        cache, _, after = tiny.vlm.prefill(**prompts, room=16)
-        if n > 1:
-            cache.share(n, 16)
+        cache, _, after = tiny.vlm.prefill(**prompts)
+        cache.share(n, 16)
         after, ours = after.repeat_interleave(n), []
         for chunk in chunks:
             real = chunk["attention_mask"]
-            masks = cache.extend(real)
+            cache.extend(real.shape[1], real)
             positions = after[:, None] + real.cumsum(1) - 1  # (rows, t): each real token one further
             embedded = tiny.vlm.model.embed_tokens(chunk["input_ids"])  # (rows, t, C)
-            hidden = tiny.vlm.model(embedded, positions.expand(3, -1, -1), masks, cache)
+            hidden = tiny.vlm.model(embedded, positions.expand(3, -1, -1), cache=cache)
             after = after + real.sum(1)
             ours.append(tiny.vlm.head(hidden))
     prompts = {name: [row[name] for row in split_rows(prompts) for _ in range(n)] for name in prompts}
@@ -522,6 +612,36 @@ def test_a_new_adapter_changes_nothing_and_trains_alone(tiny):
     assert names and all("lora_" in name for name in names) and len(names) == len(trainable)
     # q_proj in 3 decoder layers, gate_proj in 3 decoder layers and 4 vision blocks, two factors each
     assert len(names) == 2 * (3 + 3 + 4)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["k_proj", "v_proj", "o_proj"]], ids=str)
+def test_generation_with_an_adapter(tiny, tmp_path, targets, static):
+    """Greedy tokens of peft's adapted network, and, disabled, of the base."""
+    adapted, vlm = peft_model(tiny, target_modules=targets), fresh(tiny)
+    adapted.save_pretrained(tmp_path / "adapter")
+    model.load_adapter(vlm, tmp_path / "adapter")
+    batch = make_batch(tiny.config, BATCHES["padded, with and without pictures"], seed=2)
+    expected, base = hf_greedy(adapted.merge_and_unload(), batch, 10), hf_greedy(tiny.hf, batch, 10)
+    assert not torch.equal(expected, base)
+    options = dict(n=2, max_new_tokens=10, static=static, **GREEDY)
+    assert torch.equal(vlm.generate(**batch, **options).tokens, expected.repeat_interleave(2, 0))
+    with model.lora_disabled(vlm):
+        assert torch.equal(vlm.generate(**batch, **options).tokens, base.repeat_interleave(2, 0))
+
+
+def test_generation_sees_weights_that_were_trained(tiny):
+    """The product of q, k and v is made of the weights of the moment and leaves nothing behind."""
+    vlm, batch = fresh(tiny), make_batch(tiny.config, [[6], [3]])
+    before = vlm.generate(**batch, max_new_tokens=8, **GREEDY).tokens
+    with torch.no_grad():
+        for layer in vlm.model.layers:
+            layer.self_attn.q_proj.weight.mul_(-1)
+    after = vlm.generate(**batch, max_new_tokens=8, **GREEDY)
+    assert sampled(after) == naive_greedy(vlm, batch, 8) != before.tolist()
+    with pytest.raises(IndexError), torch.no_grad():
+        vlm.generate(torch.tensor([[10 ** 6]]))  # an error inside leaves nothing behind either
+    assert all(layer.self_attn.fused is None for layer in vlm.model.layers)
 
 
 def test_lora_disabled_is_the_base(tiny):
@@ -871,6 +991,19 @@ def test_transformers_loads_what_we_save(checkpoint, tmp_path, layout, dtype):
     ours, theirs = our_logits(vlm.float(), PICTURES), hf_logits(hf.float(), PICTURES)
     assert deviation(ours[PICTURES["attention_mask"]], theirs[PICTURES["attention_mask"]]) < CLOSE
     assert torch.equal(our_logits(model.VLM.from_pretrained(tmp_path / "saved"), PICTURES), ours)
+
+
+def test_transformers_loads_our_shards(checkpoint, tmp_path):
+    hf, path = checkpoint
+    vlm = model.VLM.from_pretrained(path)
+    vlm.save_pretrained(tmp_path / "shards", shard_bytes=100_000)
+    assert len(list((tmp_path / "shards").glob("model-*-of-*.safetensors"))) > 2
+    again, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "shards", output_loading_info=True)
+    assert not any(report.values()), report
+    assert_same_logits(vlm, again)
+    assert torch.equal(our_logits(model.VLM.from_pretrained(tmp_path / "shards"), PICTURES), our_logits(vlm, PICTURES))
+    vlm.save_pretrained(tmp_path / "shards")  # one file again: no shard and no index stays
+    assert [file.name for file in (tmp_path / "shards").glob("model*")] == ["model.safetensors"]
 
 
 def test_saving_over_another_layout(checkpoint, tmp_path):
