@@ -24,7 +24,8 @@ from dataclasses import dataclass
 
 import torch
 
-from infer import RouteStep, answer_scores, parse_step
+from score import answer_scores
+from steps import RouteStep, parse_step
 
 # -------------------------------------------------------------------------------------------------------------- rewards
 

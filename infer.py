@@ -5,31 +5,21 @@
                       -> Trajectory -> result row (JSONL) -> scores and costs -> table
                                                           -> steps to train on
 
-In reading order: 1 the step language (prompts, renderers, parser), 2 the published metric, 3 the methods and the Router
-that advances many questions together, 4 result rows: their evaluation, and steps from them, 5 input files, 6 what
-people see, 7 the command line.
+In reading order: 1 the methods and the Router that advances many questions together, 2 result rows, and steps from
+them, 3 input files, 4 what people see, 5 the command line. The step language is in steps.py, the metric in score.py.
 
 Shapes: N prompts of a batch, G samples of a prompt, T prompt tokens, L new tokens.
 
 Deviations from the paper and the released code, and why:
-  * the parser is strict: each tag once, in order, nothing outside; the released code takes the first match of a
-    regular expression, so that text outside the tags is free;
   * a malformed step is counted and shown, and asked again only if `retries` says so (released: five silent retries,
     then "none"); a malformed routing step ends the routing, and the final answer is asked with what is known;
   * greedy by default, seeded where sampled (released: temperature 1, unseeded);
-  * the `problem` strings of the published training files serve training and inference alike; the released inference
-    code words the final prompt a little differently;
-  * a prompt that the model has no room for is counted and not asked; it is never cut, for a cut loses the question;
-  * the tokens of the metric follow nltk 3.10, which splits at dashes too, as the published figures that we test with.
+  * a prompt that the model has no room for is counted and not asked; it is never cut, for a cut loses the question.
 """
 import argparse
-import csv
-import io
 import json
-import math
 import os
 import random
-import re
 import subprocess
 import sys
 import time
@@ -40,261 +30,19 @@ from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
 from model import VLM, Processor, load_picture
 from retrieve import KnowledgeBase, read_docs
+from score import (ROUTING, answer_scores, gold_routes, golds_of, overview, plans_of, predicted, print_results,
+                   score_row, score_table, write_table, write_whole)
+from steps import (BASE_OF, BASES, NONE, PREFIX, PROMPTS, ROUTES, AnswerStep, RouteStep, StepError,
+                   answer_problem, conversation, final_problem, parse_step, render_answer, render_route, route_problem)
 
 HERE = Path(__file__).resolve().parent
 
-# ---------------------------------------------------------------------------------------------- 1 the step language
-
-BASES = ("text", "image", "table")
-ROUTES = {"text": "Text Retriever", "image": "Text Image Retriever", "table": "Table Retriever"}  # as steps name them
-BASE_OF = {name.lower(): base for base, name in ROUTES.items()}
-PREFIX = {"text": "ter", "image": "tir", "table": "tar"}  # label of a base's evidence lines
-NONE = "None"      # as sub-question and as route: nothing more is needed
-IMAGE = "<image>"  # stands at the end of a problem with a picture
-
-PROMPTS = {
-    "route": "You plan how a question gets answered, one step at a time. You see the question, its picture if it has "
-             "one, and what earlier sub-questions have found. Think about what is still missing. Then write one "
-             "sub-question that a single search can settle, and name where to search: Text Retriever for passages of "
-             "an encyclopedia, Text Image Retriever for captioned pictures, which are compared with the question's "
-             "picture too, or Table Retriever for rows of tables. If nothing is missing, write None in both places. "
-             "Reply in exactly this form: <think> your thoughts</think><sub-question> one question or None"
-             "</sub-question><ret> one retriever or None</ret>",
-    "answer": "You answer a question from evidence. Each line of evidence names the knowledge base that it comes "
-              "from; some lines may not matter. Think about which lines and which parts of the picture settle the "
-              "question, then answer as briefly as it can be said. Reply in exactly this form: "
-              "<think> your thoughts</think><answer> the answer</answer>",
-    "final": "You give the final answer to a question. Earlier sub-questions and their answers are listed below it, "
-             "if there were any. Think about what they and the picture say, then answer as briefly as it can be "
-             "said. Reply in exactly this form: <think> your thoughts</think><answer> the answer</answer>",
-    "cot": "You answer a question from what you know and from its picture. Think step by step: split the question, "
-           "settle each part in turn, and check the result. Then answer as briefly as it can be said. Reply in "
-           "exactly this form: <think> your thoughts, step by step</think><answer> the answer</answer>",
-}
-EVIDENCE_HEADER = (
-    "According to the related information searched, `ter` means this info is from text retriever, `tir` means this "
-    "info is from text image retriever, `tar` means this info is from table retriever:")
-
-
-def _known(question, history):
-    """The question and what is known so far, the beginning of the routing and the final prompt."""
-    pairs = (f"Sub-question{i}: {query}\nAnswer{i}: {answer}\n" for i, (query, answer) in enumerate(history, 1))
-    return f"Origin question: {question}\n{''.join(pairs)}"
-
-
-def route_problem(question, history, image):
-    """Prompt of a routing step; `history`: pairs (sub-question, answer) so far, `image`: whether there is a picture."""
-    return _known(question, history) + (IMAGE if image else "")
-
-
-def answer_problem(sub_question, evidence, image):
-    """Prompt of an answering step; `evidence`: base name -> its passages, best first, which stay as they are."""
-    lines = "".join(f"{PREFIX[base]}-{i}: {text}\n" for base in BASES for i, text in enumerate(evidence.get(base, ())))
-    ask = f"\n\n Give me the answer(with the format <answer></answer>) to the Question: {sub_question}"
-    return EVIDENCE_HEADER + lines + ask + (IMAGE if image else "")
-
-
-def final_problem(question, history, image):
-    """Prompt of the final step, arguments as of `route_problem`."""
-    ask = f"Now, give me the final answer of the origin question: {question}"
-    return _known(question, history) + ask + (IMAGE if image else "")
-
-
-def conversation(system, problem, image=None):
-    """A problem as the chat that the processor takes; an `image` (path or PIL) replaces the marker at the end."""
-    if image is not None:
-        problem = [{"type": "text", "text": problem.removesuffix(IMAGE)}, {"type": "image", "image": image}]
-    return [{"role": "system", "content": system}, {"role": "user", "content": problem}]
-
-
-def render_route(thought, query, route):
-    """A routing step as supervised targets have it; `parse_step` reads it back."""
-    return f"<think> {thought}</think><sub-question> {query}</sub-question><ret> {route}</ret>"
-
-
-def render_answer(thought, answer):
-    """An answering step as supervised targets have it; `parse_step` reads it back."""
-    return f"<think> {thought}</think><answer> {answer}</answer>"
-
-
-@dataclass(frozen=True)
-class RouteStep:
-    """What to ask where; `query` and `route` are both "None" where nothing more is needed."""
-    thought: str
-    query: str
-    route: str   # a value of ROUTES, or "None"
-
-
-@dataclass(frozen=True)
-class AnswerStep:
-    """An intermediate or the final answer."""
-    thought: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class StepError:
-    """A model output that is no step: what is wrong in a few words, and the whole output."""
-    reason: str
-    text: str
-
-
-_TAG = re.compile(r"</?(?:think|sub-question|ret|answer)>", re.IGNORECASE)
-_ROUTE_TAGS = ["<think>", "</think>", "<sub-question>", "</sub-question>", "<ret>", "</ret>"]
-_ANSWER_TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
-
-
-def parse_step(text):
-    """Reads one model output: RouteStep, AnswerStep, or StepError with the reason. Never raises.
-
-    Strict, because a reward pays for form: each tag of one kind of step exactly once and in order, only blanks outside,
-    a known retriever, nothing empty but the thought. The case of tags and retrievers does not matter. `None` as
-    sub-question or as retriever means `None` in both.
-    """
-    tags = [tag.lower() for tag in _TAG.findall(text)]
-    wanted = _ROUTE_TAGS if set(tags) - set(_ANSWER_TAGS) else _ANSWER_TAGS
-    if tags != wanted:
-        return StepError(_tag_fault(tags, wanted), text)
-    parts = [part.strip() for part in _TAG.split(text)]  # outside, inside, outside, inside, ..., outside
-    if any(parts[0::2]):
-        return StepError("text outside the tags", text)
-    if wanted is _ANSWER_TAGS:
-        thought, answer = parts[1::2]
-        return AnswerStep(thought, answer) if answer else StepError("empty answer", text)
-    thought, query, name = parts[1::2]
-    base = BASE_OF.get(name.lower())
-    if base is None and name.lower() != "none":
-        return StepError(f"unknown retriever {name[:40]!r}", text)
-    if base is None or query.lower() == "none":
-        return RouteStep(thought, NONE, NONE)
-    return RouteStep(thought, query, ROUTES[base]) if query else StepError("empty sub-question", text)
-
-
-def _tag_fault(tags, wanted):
-    """The first thing by which the tags of an output differ from the `wanted` ones."""
-    if not tags:
-        return "no tags"
-    for tag in tags:
-        if tag not in wanted:
-            return f"{tag} in a routing step"
-        if tags.count(tag) > 1:
-            return f"{tag} more than once"
-    missing = [tag for tag in wanted if tag not in tags]
-    return f"no {missing[0]}" if missing else "tags out of order"
-
-
-# ------------------------------------------------------------------------------------------- 2 the published metric
-
-_SIGNS = ';/[]"{}()=+\\_-><@`,?!'
-_NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
-_NUMBERS["none"] = "0"
-
-
-def _contractions():
-    """The VQA evaluation's list as a rule: a contraction that lost exactly one of its apostrophes gets it back."""
-    stems = {
-        "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
-        "'ve": "could might must not should they we what where who would you",
-        "'d": "he how it someone something there they where who you",
-        "'ll": "how it somebody someone something they what who why you",
-        "'s": "he how somebody someone that there what when where who why",
-        "'re": "there they what why you",
-        "n't've": "could had might should would",
-        "'d've": "he it she somebody someone something there they we who you y'all",
-        "": "ma'am o'clock 'twas y'all y'all'll 'ow's'at",
-    }
-    words = [stem + tail for tail, group in stems.items() for stem in group.split()]
-    table = {word[:i] + word[i + 1:]: word for word in words for i, letter in enumerate(word) if letter == "'"}
-    return table | {"somebody'd": "somebodyd"}  # the list has this one the wrong way round, and so has the metric
-
-
-_CONTRACTIONS = _contractions()
-_SPLIT_WORDS = ("can not", "d 'ye", "gim me", "gon na", "got ta", "lem me", "more 'n")
-_TREEBANK = [(re.compile(pattern), replacement) for pattern, replacement in (  # rules that normalised text can meet
-    (r"([«“‘„])", r" \1 "), (r" ''", " `` "),                                  # opening quotes
-    (r"(?<!\w)(')(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)", r"\1 "),
-    (r"([^.])(\.)(['»”’ ]*)$", r"\1 \2 \3 "), (r"\.{2,}", r" \g<0> "),         # periods
-    (r"(:)(\D)", r" \1 \2"), (r"(:)$", r" \1 "),
-    (r"[#$%&\u2012-\u2015]", r" \g<0> "), (r"([^'])' ", r"\1 ' "), (r"\*", " * "),
-    (r"^|$", " "), (r"([»”’])", r" \1 "), (r"''", " '' "), (r"\s+", " "),      # closing quotes
-    (r"([^' ])('s|'m|'d|') ", r"\1 \2 "), (r"([^' ])('ll|'re|'ve|n't) ", r"\1 \2 "),
-    *((rf"\b({first})({second})\b", r" \1 \2 ") for first, second in map(str.split, _SPLIT_WORDS)),
-    (r"\b(wan)(na)(?=\s)", r" \1 \2 "), (r" ('t)(is)\b", r" \1 \2 "), (r" ('t)(was)\b", r" \1 \2 "))]
-
-
-def metric_tokens(text):
-    """The published normalisation and Penn-Treebank tokens of an answer: str -> list of str."""
-    text = text.replace("\n", " ").replace("\t", " ").strip()
-    has_comma_number = re.search(r"\d,\d", text)
-    kept = text
-    for sign in _SIGNS:
-        beside_space = sign + " " in text or " " + sign in text
-        kept = kept.replace(sign, "" if beside_space or has_comma_number else " ")
-    kept = re.sub(r"\.(?!\d)", "", kept, count=32)  # 32: a flag that the published code passes as the count
-    words = [_NUMBERS.get(word, word) for word in kept.lower().split()]
-    text = " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ("an", "the"))
-    for pattern, replacement in _TREEBANK:
-        text = pattern.sub(replacement, text)
-    return [token for token in text.split() if token not in ",.?!:;'\""]
-
-
-def _in_range(token, low, high):
-    """Whether a token is among the numbers that the published code expands an infoseek range to.
-
-    These are a grid from `low` up, whose step depends on the width, and the integers: up to 26,000, so they are not
-    listed here. The normalisation takes the sign off a number, hence both signs are tried.
-    """
-    if not re.fullmatch(r"\d+(\.\d+)?", token):
-        return False
-    width = high - low
-    step = 1 if width >= 50 else 0.1 if width >= 5 else 0.01 if width >= 1 else 0.001
-    for value in (float(token), -float(token)):
-        i = round((value - low) / step)
-        on_grid = 0 <= i <= int(width / step) and str(round(low + i * step, 3)).lstrip("-") == token
-        if on_grid or int(low) <= value <= int(high) and str(int(value)).lstrip("-") == token:
-            return True
-    return False
-
-
-def _gold_tokens(golds, predicted):
-    """Tokens of each gold; of a range, those predicted tokens that it accepts."""
-    for gold in [golds] if isinstance(golds, (str, dict)) else golds:
-        if isinstance(gold, dict):
-            yield from ([token] for token in predicted if _in_range(token, *map(float, gold["range"])))
-        else:
-            yield metric_tokens(str(gold))
-
-
-def answer_scores(prediction, golds):
-    """The published metric: (precision, recall, f1) against the gold of best F1; F1-Recall is the mean of `recall`.
-
-    `golds`: a string, or a list of strings and of infoseek's `{"range": [low, high]}`. Recall rewards dumping ("yes
-    no" is right on every yes/no question): read it beside `exact_match`.
-    """
-    predicted = Counter(metric_tokens(prediction))
-    best = (0.0, 0.0, 0.0)
-    for gold in _gold_tokens(golds, predicted):
-        shared = sum((predicted & Counter(gold)).values())
-        if shared:
-            precision, recall = shared / predicted.total(), shared / len(gold)
-            f1 = 2 * precision * recall / (precision + recall)
-            best = max(best, (precision, recall, f1), key=lambda scores: scores[2])
-    return best
-
-
-def exact_match(prediction, golds):
-    """1.0 where the prediction's tokens are those of a gold, in order, after the published normalisation, else 0.0."""
-    predicted = metric_tokens(prediction)
-    return float(bool(predicted) and predicted in list(_gold_tokens(golds, predicted)))
-
-
-# ------------------------------------------------------------------------------------------------- 3 methods and Router
+# ------------------------------------------------------------------------------------------------- 1 methods and Router
 
 @dataclass(frozen=True)
 class Ask:
@@ -390,7 +138,6 @@ METHODS = {  # name -> (generator, bases that it needs)
     "oracle": (given_route, BASES), "iterative": (drafted, BASES),
     "direct": (partial(without_search, "final"), ()), "cot": (partial(without_search, "cot"), ()),
     "static": (partial(read_once, BASES), BASES), **{base: (partial(read_once, (base,)), (base,)) for base in BASES}}
-ROUTING = ("router", "fewshot")  # methods whose model chooses the bases
 
 
 @dataclass(frozen=True)
@@ -684,7 +431,7 @@ def _expected(kind, candidate):
     return candidate
 
 
-# ------------------------------------------------------------------------------------------- 4 results, steps from them
+# ------------------------------------------------------------------------------------------- 2 results, steps from them
 
 def result_row(trajectory):
     """A Trajectory as a published result row: the question row, `plan_1`, `plan_2`, ..., `llm_answer`; and its costs.
@@ -713,123 +460,9 @@ def result_row(trajectory):
     return row | {"llm_answer": said, "cost": {name: round(getattr(trajectory, name), 6) for name in COSTS}}
 
 
-def plans_of(row):
-    """The plans of a result row in order."""
-    names = (f"plan_{i}" for i in range(1, len(row) + 1))
-    return [row[name] for name in names if name in row]
-
-
-def golds_of(row):
-    """Accepted answers of a question row: strings and ranges; infoseek's `answer_eval` goes before `answer`."""
-    golds = row.get("answer_eval", row.get("answer"))
-    golds = golds if isinstance(golds, list) else [golds]
-    for gold in golds:
-        ends = gold.get("range") if isinstance(gold, dict) else None
-        is_range = isinstance(ends, list) and len(ends) == 2 and all(
-            isinstance(end, (int, float)) and math.isfinite(end) for end in ends)
-        if not is_range and not isinstance(gold, (str, int, float)):
-            raise ValueError(f"gold answer {gold!r}: expected 'answer' or 'answer_eval' with a string, a list of "
-                             "strings, or {'range': [low, high]}")
-    return golds
-
-
-def predicted(row):
-    """The answer in a result row of ours or of others: `llm_answer` is a string or {thought, answer}."""
-    answer = row.get("llm_answer", ...)
-    answer = answer.get("answer") if isinstance(answer, dict) else answer
-    if not isinstance(answer, (str, int, float, type(None))):
-        raise ValueError("no llm_answer: expected a string or {'thought', 'answer'}")
-    return "" if answer is None else str(answer)
-
-
-def gold_routes(row):
-    """Routes of a row's gold hops with None at the end; None where the row has no hops."""
-    if row.get("hops") is None:
-        return None
-    try:
-        asked = [(hop["query"].strip(), hop["retriever"].strip().lower()) for hop in row["hops"]]
-        return [ROUTES[BASE_OF[retriever]] for _, retriever in asked] + [NONE]
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"hops {row['hops']!r}: expected a list of {{'query', 'retriever', 'answer'}} with a "
-                         f"retriever of {', '.join(BASE_OF)}") from None
-
-
-MEASURES = ("f1_recall", "em", "f1", "route_accuracy", "malformed", "retrievals", "gold_retrievals", "model_calls",
-            "tokens", "tokens_read", "tokens_written", "seconds", "seconds_model", "seconds_search", "too_long")
-GROUPINGS = ("set", "kind", "hops")
-
-
-def score_row(row):
-    """The MEASURES of one result row, None where it cannot tell, and what it is grouped by (GROUPINGS)."""
-    golds, routes, answer = golds_of(row), gold_routes(row), predicted(row)
-    _, recall, f1 = answer_scores(answer, golds)
-    score = dict.fromkeys(MEASURES) | {"f1_recall": recall, "em": exact_match(answer, golds), "f1": f1}
-    score |= {"set": row.get("set"), "kind": row.get("kind"), "hops": None}
-    try:
-        if routes:
-            score |= {"hops": len(routes) - 1, "gold_retrievals": len(routes) - 1}
-        if routes and row.get("method") in ROUTING:
-            chosen = [plan["retriever"][0] for plan in plans_of(row) if "fault" not in plan]
-            score["route_accuracy"] = sum(map(str.__eq__, chosen, routes)) / max(len(chosen), len(routes))
-        if cost := row.get("cost"):  # rows of others have none
-            names = ("prompt_tokens", "generated_tokens", "seconds_model", "seconds_search")
-            read, written, model, search = (float(cost[name]) for name in names)
-            score |= {name: float(cost[name]) for name in ("retrievals", "model_calls", "malformed", "too_long")}
-            score |= {"tokens": read + written, "tokens_read": read, "tokens_written": written,
-                      "seconds": model + search, "seconds_model": model, "seconds_search": search}
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"plans or cost are not those of a result row ({type(error).__name__}: {error})") from None
-    return score
-
-
-def means(scores, resamples=1000):
-    """{"n", each of MEASURES: mean over the rows that know it, "ci": {measure: [low, high]}} of `score_row`'s results.
-
-    The 95 % intervals are percentiles of the bootstrap over questions (Efron 1979), always drawn from seed 0.
-    """
-    n = len(scores)
-    values = np.array([[score[name] for name in MEASURES] for score in scores], dtype=float)  # (N, measures), None: nan
-    values = values[np.lexsort(values.T[::-1])]              # the order of the rows in a file makes no difference
-    known = ~np.isnan(values)
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=resamples)        # how often each row is
-    drawn = np.concatenate([np.ones((1, n)), drawn])         # (1 + resamples, N), the first draw is the rows themselves
-    with np.errstate(invalid="ignore"):                      # 0 / 0 = nan: none of the drawn rows knows the measure
-        found = drawn @ np.where(known, values, 0) / (drawn @ known)                         # (1 + resamples, measures)
-    result = {"n": n, **dict.fromkeys(MEASURES), "ci": dict.fromkeys(MEASURES)}
-    for i in np.flatnonzero(known.any(axis=0)):
-        low, high = np.nanpercentile(found[1:, i], (2.5, 97.5))
-        mean, low, high = (float(f"{x:.6g}") for x in (found[0, i], low, high))
-        result[MEASURES[i]], result["ci"][MEASURES[i]] = mean, [low, high]
-    return result
-
-
-def score_table(trajectories):
-    """Means of Trajectories or result rows of a method: of all, then of each set, kind and number of hops.
-
-    A row is {"method", "by": "all" or one of GROUPINGS, "group": its name, **means}. `route_accuracy`: chosen against
-    gold routes, both ending in None, place by place over the longer of the two. Costs are those of a question.
-    """
-    rows = [row if isinstance(row, dict) else result_row(row) for row in trajectories]
-    if not rows:
-        raise ValueError("nothing to evaluate: there are no result rows")
-    scores = [score_row(row) for row in rows]
-    groups = {("all", ""): scores}
-    for by in GROUPINGS:
-        for name in sorted({str(score[by]) for score in scores if score[by] is not None}):
-            groups[by, name] = [score for score in scores if str(score[by]) == name]
-    method = rows[0].get("method", "given")
-    return [{"method": method, "by": by, "group": name, **means(some)} for (by, name), some in groups.items()]
-
-
 def evaluate(trajectories):
-    """The `score_table` as one object: the means of all, and F1-Recall as {"by_kind": {kind: it}} and so on."""
-    return overview(score_table(trajectories))
-
-
-def overview(table):
-    total, *groups = table
-    by = {f"by_{by}": {row["group"]: row["f1_recall"] for row in groups if row["by"] == by} for by in GROUPINGS}
-    return {name: value for name, value in total.items() if name not in ("by", "group")} | by
+    """Scores and costs of Trajectories or result rows of one method, as one object (`score.overview`)."""
+    return overview(score_table([row if isinstance(row, dict) else result_row(row) for row in trajectories]))
 
 
 def steps_of(row, prompts):
@@ -916,7 +549,7 @@ def demonstrations():
     return [steps_of(row, PROMPTS) for row in rows]
 
 
-# -------------------------------------------------------------------------------------------------------------- 5 files
+# -------------------------------------------------------------------------------------------------------------- 3 files
 
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".JPEG", ".webp")
 WORLD_ENCODERS = {"text": "lexical", "image": "pixel", "table": "lexical"}
@@ -1065,29 +698,6 @@ def earlier_rows(path, run):
     return rows
 
 
-def write_whole(path, text):
-    """Writes a file beside its place, then renames it: nobody reads half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
-
-
-def write_table(path, rows, form):
-    """Rows of `score_table` as JSONL, or with `form` "csv" as CSV, the intervals then in columns of their own."""
-    text = io.StringIO()
-    if form == "csv":
-        ends = [(name, i, f"{name}_{end}") for name in MEASURES for i, end in enumerate(("low", "high"))]
-        columns = [name for name in rows[0] if name != "ci"] + [column for _, _, column in ends]
-        out = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-        out.writeheader()
-        out.writerows(row | {column: (row["ci"][name] or ("", ""))[i] for name, i, column in ends} for row in rows)
-    else:
-        text.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_whole(path, text.getvalue())
-
-
 def write_steps(path, rows, prompts, keep):
     """Result rows of methods in ROUTING as a published step file, pictures named from its folder; how many were kept.
 
@@ -1107,52 +717,7 @@ def write_steps(path, rows, prompts, keep):
     return len(kept)
 
 
-# ---------------------------------------------------------------------------------------------------- 6 what people see
-
-COLUMNS = (("F1-Recall", "f1_recall", ".3f"), ("95 %", "ci", ".3f"), ("exact", "em", ".3f"), ("F1", "f1", ".3f"),
-           ("routing", "route_accuracy", ".3f"), ("retrievals", "retrievals", ".2f"),
-           ("gold", "gold_retrievals", ".2f"), ("malformed", "malformed", ".3f"), ("calls", "model_calls", ".2f"),
-           ("read", "tokens_read", ".0f"), ("written", "tokens_written", ".0f"), ("model s", "seconds_model", ".3f"),
-           ("search s", "seconds_search", ".4f"))
-
-
-def print_table(rows):
-    """Rows of equal length, the first one the heading; the first column left, the others right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]))
-    print()
-
-
-def cell(value, form=".3f"):
-    """A number, or the two of an interval; "-" for None."""
-    if isinstance(value, list):
-        return "-".join(cell(end, form) for end in value)
-    return "-" if value is None else format(value, form)
-
-
-def cells(row):
-    """A row of `score_table` as it is printed, behind its name."""
-    return [str(row["n"]), *(cell(row["ci"]["f1_recall"] if name == "ci" else row[name], form)
-                             for _, name, form in COLUMNS)]
-
-
-def print_results(tables):
-    """A line a method: scores and costs a question. Then the same by set, kind and hops; where there are several
-    methods, F1-Recall with a column for each."""
-    head, methods = ["n", *(title for title, _, _ in COLUMNS)], [table[0]["method"] for table in tables]
-    print_table([["method", *head], *([table[0]["method"], *cells(table[0])] for table in tables)])
-    for by in GROUPINGS:
-        found = [{row["group"]: row for row in table if row["by"] == by} for table in tables]
-        names = sorted(set().union(*found))
-        if by == "set" and len(names) < 2:
-            continue
-        if names and len(tables) == 1:
-            print_table([[f"by {by}", *head], *([name, *cells(found[0][name])] for name in names)])
-        elif names:
-            print_table([[f"F1-Recall by {by}", *methods],
-                         *([name, *(cell(rows.get(name, {}).get("f1_recall")) for rows in found)] for name in names)])
-
+# ---------------------------------------------------------------------------------------------------- 4 what people see
 
 def has_colour():
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
@@ -1289,7 +854,7 @@ class Chat:
             print_line("answer", predicted(row) or "(none)", "1")
 
 
-# -------------------------------------------------------------------------------------------------- 7 command line
+# -------------------------------------------------------------------------------------------------- 5 command line
 
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong with the flags in one line."""

@@ -33,11 +33,11 @@ from pathlib import Path
 import numpy as np
 
 from grpo import Reward, RewardOptions, similarity_table, step_reward
-from infer import (HERE, NONE, PREFIX, ROUTES, OneLineParser, RouteStep, StepError, answer_scores, evaluate,
-                   gold_routes, golds_of, parse_step, plans_of, predicted, read_rows, render_answer, render_route,
-                   score_row)
+from infer import HERE, OneLineParser, evaluate, read_rows
 from model import load_picture, read_json
 from retrieve import load_encoder
+from score import answer_scores, gold_routes, golds_of, plans_of, predicted, score_row
+from steps import NONE, PREFIX, ROUTES, RouteStep, StepError, parse_step, render_answer, render_route
 
 # ------------------------------------------------------------------------------------------------------ 1 what is read
 

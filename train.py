@@ -46,11 +46,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from grpo import RewardOptions, answer_reward, group_advantages, grpo_loss, similarity_table, step_reward
-from infer import (BASES, IMAGE, ROUTES, Candidate, OneLineParser, RouteStep, Router, Search, answer_scores,
-                   conversation, embedded_world, evaluate, golds_of, in_budget, load_prompts, load_questions,
-                   parse_step, render_answer, render_route, world_bases)
+from infer import (Candidate, OneLineParser, Router, Search, embedded_world, evaluate, in_budget, load_prompts,
+                   load_questions, step_output, world_bases)
 from model import VLM, Processor, add_lora, load_adapter, lora_disabled, merge_lora, read_json, save_adapter, write_json
 from retrieve import load_encoder
+from score import answer_scores, golds_of
+from steps import BASES, IMAGE, RouteStep, conversation, parse_step
 
 
 # -------------------------------------------------------------------------------------------------------------- options
@@ -140,16 +141,12 @@ class StepExample:
         return conversation(self.system, self.problem, image)
 
     def as_published(self):
-        """The step as a published row has it, for the reward."""
-        return {"step_type": self.kind, "answer": self.answer}
+        """The step as a published row has it, for the reward and for the text of the right output."""
+        return {"step_type": self.kind, "answer": self.answer, "thought": self.thought}
 
     def target(self):
         """The right output as text."""
-        if self.kind == "ret":
-            route = self.answer["retriever"][0].strip().lower()
-            name = next((r for r in ROUTES.values() if r.lower() == route), "None")
-            return render_route(self.thought, "None" if name == "None" else self.answer["query"].strip(), name)
-        return render_answer(self.thought, (self.answer[0] if self.final else self.answer).strip())
+        return step_output(self.as_published())
 
 
 def read_steps(path):

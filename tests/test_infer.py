@@ -19,11 +19,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import infer
+import score
 import train
-from infer import (AnswerStep, Router, RouteStep, StepError, answer_problem, answer_scores, evaluate, exact_match,
-                   final_problem, main, parse_step, render_answer, render_route, route_problem)
+from infer import Router, evaluate, main
 from model import VLM, Processor
 from retrieve import KnowledgeBase
+from score import answer_scores, exact_match
+from steps import (_ANSWER_TAGS, _ROUTE_TAGS, AnswerStep, RouteStep, StepError, answer_problem, final_problem,
+                   parse_step, render_answer, render_route, route_problem)
 
 ROOT = infer.HERE
 
@@ -88,7 +91,7 @@ def test_what_is_rendered_is_read_back(thought, query, route):
     assert parse_step(render_answer(thought, query)) == AnswerStep(thought, query)
 
 
-PIECES = [*infer._ROUTE_TAGS, *infer._ANSWER_TAGS, "None", "Text Retriever", " ", "x", "<ret", "</", "<|im_end|>"]
+PIECES = [*_ROUTE_TAGS, *_ANSWER_TAGS, "None", "Text Retriever", " ", "x", "<ret", "</", "<|im_end|>"]
 
 
 @settings(max_examples=300)
@@ -97,7 +100,7 @@ def test_the_parser_never_raises_and_accepts_only_the_two_shapes(text):
     step = parse_step(text)
     tags = re.findall(r"</?(?:think|sub-question|ret|answer)>", text)
     if not isinstance(step, StepError):
-        assert tags == (infer._ROUTE_TAGS if isinstance(step, RouteStep) else infer._ANSWER_TAGS)
+        assert tags == (_ROUTE_TAGS if isinstance(step, RouteStep) else _ANSWER_TAGS)
 
 
 NOTHING = RouteStep("t", "None", "None")
@@ -171,7 +174,7 @@ def test_tokens_equal_nltk():
         text = " ".join(re.sub(r"\.(?!\d)", "", text).split())
         expected = [token for token in tokenize(text) if token not in ",.?!:;'\""]
         words = text
-        for pattern, replacement in infer._TREEBANK:
+        for pattern, replacement in score._TREEBANK:
             words = pattern.sub(replacement, words)
         assert [token for token in words.split() if token not in ",.?!:;'\""] == expected
 
@@ -647,13 +650,13 @@ def test_intervals_are_those_of_the_binomial_distribution():
         rows = [{"question": "q", "answer": "x", "llm_answer": "x" if i < right else "y"} for i in range(100)]
         return [infer.score_row(row | routed if i < 20 else row) for i, row in enumerate(rows)]
     for right, low, high in ((50, 0.40, 0.60), (10, 0.05, 0.16)):
-        result = infer.means(scores(right))
+        result = score.means(scores(right))
         assert result["ci"]["em"] == pytest.approx([low, high], abs=0.011) and result["em"] == right / 100
-        assert result == infer.means(scores(right))
+        assert result == score.means(scores(right))
         # of the rows that know it, all are routed right; nobody knows the costs
         assert result["route_accuracy"] == 1.0 and result["ci"]["route_accuracy"] == [1.0, 1.0]
         assert result["seconds"] is None and result["ci"]["seconds"] is None
-    assert infer.means(scores(1)[:1])["ci"]["f1_recall"] == [1.0, 1.0]
+    assert score.means(scores(1)[:1])["ci"]["f1_recall"] == [1.0, 1.0]
 
 
 def test_evaluation_by_hand():
