@@ -1,14 +1,14 @@
-"""The experiment: what step-wise rewards teach, what they cost, and what breaks them; three seeds, everything else equal.
+"""The experiment: what step-wise rewards teach, what they cost, what breaks them; three seeds, all else equal.
 
 What flows through this file:
     plan (below, as data) -> jobs: one configuration, one seed -> train.py and infer.py as a user would call them
                           -> a row a finished job in results/PART.jsonl -> results/summary.json, figures, README tables
 
-    main        Step-GRPO, outcome-only GRPO, more of the same supervision, rejection sampling; pipelines that do not route
+    main        Step-GRPO, outcome-only GRPO, more of the same supervision, rejection sampling
     collapse    how a route dies when step prompts are not balanced, and what helps
     ablation    parts of the reward, the deviation, KL, group size, updates a batch, price of a retrieval, gold history
     depth       three and four hops: trained compositions, unseen ones, unseen depth
-    cost        model calls, tokens and seconds of a question, by pipeline
+    cost        pipelines that route and that do not: model calls, tokens and seconds of a question
 
 Jobs run two at a time, each on one core, and count the time of the processor, which other work on the machine hardly
 changes. A job that was stopped goes on; a finished one is not run again, unless its commands have changed.
@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -54,8 +55,8 @@ class Scale:
     flags: tuple = ()               # more options of every training
 
 
-QUICK = Scale(name="experiment-quick", main=0, ablation=0, steps=2, train=39, weak=39, val=13, test=26, countries=40, rounds=1, sampled=13,
-              val_every=2, seeds=(0,), flags=("--prompts", 6, "--group", 2, "--open-questions", 12))
+QUICK = Scale(name="experiment-quick", main=0, ablation=0, steps=2, train=39, weak=39, val=13, test=26, countries=40,
+              rounds=1, sampled=13, val_every=2, seeds=(0,), flags=("--prompts", 6, "--group", 2, "--open-questions", 12))
 
 STEP = "Step-GRPO"
 COLLAPSE = {                        # options beside those of Step-GRPO
@@ -125,8 +126,8 @@ def command(script, *words):
 
 def grpo(job, scale):
     """Step-GRPO, or a variation of it, and the test of its best checkpoint."""
-    return [command("train.py", "grpo", *training(job, scale, folder_of(job, scale)), *(f.replace("TRAIN", f"data/{scale.name}/train") if isinstance(f, str) else f
-                                      for f in job.flags)),
+    flags = [str(flag).replace("TRAIN", f"data/{scale.name}/train") for flag in job.flags]
+    return [command("train.py", "grpo", *training(job, scale, folder_of(job, scale)), *flags),
             test(job, folder_of(job, scale) / "best", scale)]
 
 
@@ -163,8 +164,8 @@ def training(job, scale, out, model="weights/tiny-warm", parts=1):
 
 def test(job, model, scale, method="router"):
     """The one use of the test world."""
-    return command("infer.py", "--model", model, "--world", f"data/{scale.name}/test", "--method", method, "--threads", 1,
-                   "--limit", scale.test, "--out", f"{folder_of(job, scale)}.test.jsonl", "--json")
+    return command("infer.py", "--model", model, "--world", f"data/{scale.name}/test", "--method", method,
+                   "--threads", 1, "--limit", scale.test, "--out", f"{folder_of(job, scale)}.test.jsonl", "--json")
 
 
 KINDS = {"grpo": grpo, "sft": sft, "rejection": rejection,
@@ -350,21 +351,133 @@ def goals(whole):
     main = whole.get("main", {})
     if STEP not in main or "outcome only" not in main:
         return []
-    step, kinds = main[STEP], main[STEP]["by_kind"]
+    step, f1, routing = main[STEP], main[STEP]["f1_recall"]["mean"], main[STEP]["route_accuracy"]["mean"]
     others = {name: s["f1_recall"]["mean"] for name, s in main.items()
               if name not in (STEP, "weak start")}
     rival = max(others, key=others.get)
-    ahead = step["f1_recall"]["mean"] - others["outcome only"]
+    ahead, rest = f1 - others["outcome only"], f1 - others[rival]
     extra = step["retrievals"]["mean"] / step["gold_retrievals"]["mean"] - 1
-    low, kind = min((min(v), k) for k, v in kinds.items())
-    rows = [("F1-Recall, mean of the seeds", "at least 0.95", step["f1_recall"]["mean"], step["f1_recall"]["mean"] >= 0.95),
-            ("routing accuracy", "at least 0.99", step["route_accuracy"]["mean"], step["route_accuracy"]["mean"] >= 0.99),
+    low, kind = min((min(v), k) for k, v in step["by_kind"].items())
+    rows = [("F1-Recall, mean of the seeds", "at least 0.95", f1, f1 >= 0.95),
+            ("routing accuracy", "at least 0.99", routing, routing >= 0.99),
             ("retrievals against gold", "within 3 %", extra, abs(extra) <= 0.03),
             (f"worst kind in any seed ({kind})", "at least 0.80", low, low >= 0.80),
             ("ahead of outcome only at equal time", "at least 0.20", ahead, ahead >= 0.20),
-            (f"ahead of the best other ({rival})", "at least 0.07", step["f1_recall"]["mean"] - others[rival],
-             step["f1_recall"]["mean"] - others[rival] >= 0.07)]
+            (f"ahead of the best other ({rival})", "at least 0.07", rest, rest >= 0.07)]
     return [{"goal": g, "wanted": w, "got": round(v, 4), "holds": bool(h)} for g, w, v, h in rows]
+
+
+# -------------------------------------------------------------------------------------------------- tables and figures
+
+
+def table(header, rows):
+    """Rows of cells -> a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def shown(score, form=".3f"):
+    """A score over seeds: the mean, and each seed's where there are several."""
+    if score is None:
+        return "-"
+    each = " / ".join(format(v, form) for v in score["seeds"])
+    return format(score["mean"], form) + (f" ({each})" if len(score["seeds"]) > 1 else "")
+
+
+def configurations(names):
+    """{name: scores over seeds} -> a table, a line a configuration."""
+    million = lambda tokens: "-" if None in tokens or not any(tokens) else f"{mean(tokens) / 1e6:.2f} M"
+    return table(
+        ["", "F1-Recall, mean (each seed)", "exact", "routing", "retrievals", "malformed", "worst kind of any seed",
+         "tokens sampled"],
+        [[name, shown(s["f1_recall"]), shown(s["em"]).split()[0], shown(s.get("route_accuracy")).split()[0],
+          shown(s["retrievals"], ".2f").split()[0], shown(s["malformed"]).split()[0],
+          f"{s['worst_kind'][1]} {s['worst_kind'][0]:.2f}", million(s["tokens_sampled"])] for name, s in names.items()])
+
+
+def by_kind(names):
+    """F1-Recall by kind and number of hops, means over seeds; a column a configuration."""
+    first = next(iter(names.values()))
+    rows = [[kind, *(f"{mean(s['by_kind'][kind]):.2f}" for s in names.values())] for kind in sorted(first["by_kind"])]
+    rows += [[f"{h} hops", *(f"{mean(s['by_hops'][h]):.2f}" for s in names.values())] for h in sorted(first["by_hops"])]
+    return table(["", *names], rows)
+
+
+def costs(names):
+    """What a question costs, by pipeline, and F1-Recall a second."""
+    f = lambda s, name, form: shown(s.get(name), form)
+    return table(["", "F1-Recall", "model calls", "tokens", "seconds", "F1-Recall a second"],
+                 [[name, f(s, "f1_recall", ".3f"), f(s, "model_calls", ".2f"), f(s, "tokens", ".0f"),
+                   f(s, "seconds", ".4f"), f"{s['f1_recall']['mean'] / s['seconds']['mean']:.0f}"]
+                  for name, s in names.items()])
+
+
+def collapse_numbers(out, names=("balanced", "not balanced"), at=(10, 50, 100, 200)):
+    """What a group sees: how often the picture base is asked for, its share of the prompts, and of its groups the mixed
+    ones, early and late; means over seeds."""
+    rows = []
+    for name in names:
+        seeds = [row["routes"] for row in results_of("collapse", out) if row["name"] == name]
+        for step in at:
+            bins = [b for bins in seeds for b in bins if b["step"] == step]
+            known = lambda key: [b[f"{key}:text image"] for b in bins if b.get(f"{key}:text image") is not None]
+            rows.append([name, step, *(f"{mean(known(k)):.1%}" if known(k) else "none drawn"
+                                       for k in ("prompts", "asked", "route", "mixed"))])
+    return table(["", "update", "share of the routing prompts", "share of all that is asked for",
+                  "right base sampled on them", "of their groups mixed"], rows)
+
+
+def sections(whole, out):
+    """Everything that the README shows of the results: {name of the place: text}."""
+    parts = {}
+    if main_part := whole.get("main"):
+        order = [STEP, *(name for name in main_part if name != STEP)]
+        main_part = {name: main_part[name] for name in order if name in main_part}
+        parts["main"] = configurations(main_part)
+        parts["kinds"] = by_kind(main_part)
+        parts["goals"] = table(["wanted", "", "got", "holds"], [
+            [g["goal"], g["wanted"], g["got"], "yes" if g["holds"] else "no"] for g in goals(whole)])
+    for part in ("collapse", "ablation"):
+        if whole.get(part):
+            parts[part] = configurations(whole[part])
+    if whole.get("collapse"):
+        parts["group"] = collapse_numbers(out)
+    if whole.get("cost"):
+        parts["cost"] = costs(whole["cost"])
+    return parts
+
+
+def fill(text, parts):
+    """A page with its generated places written anew: what stands between <!-- NAME --> and <!-- end --> is replaced,
+    and so are the line counts of the file table. KeyError for a place that the page lacks."""
+    for name, content in parts.items():
+        begin, end = f"<!-- {name} -->", "<!-- end -->"
+        if begin not in text:
+            raise KeyError(f"README.md has no place {begin}")
+        before, rest = text.split(begin, 1)
+        text = f"{before}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
+    count = lambda m: f"| `{m[1]}` | {len((HERE / m[1]).read_text().splitlines())} |"
+    return re.sub(r"^\| `(\w+\.py)` \| \d+ \|", count, text, flags=re.MULTILINE)
+
+
+def figures(out):
+    """Curves of the main comparison and of the route that dies, as PNG files."""
+    import report                                   # here, since it takes matplotlib with it
+    for part, name, y in (("main", "main", ["validation.f1_recall", "validation.route_accuracy"]),
+                          ("collapse", "collapse", ["asked:text image", "mixed:text image"])):
+        runs = []
+        for row in results_of(part, out):
+            if row["kind"] != "grpo" and part == "collapse" or not row["curve"]:
+                continue
+            points = [{"step": p["step"], "seconds": p["seconds"], "sampled": p["tokens"],
+                       **{f"validation.{k}": v for k, v in p.items()}} for p in row["curve"]]
+            bins = [{**b, "sampled": 0} for b in row["routes"]]
+            label = row["name"]
+            runs.append(report.Run(f"{label}-{row['seed']}", label, {"seed": row["seed"]},
+                                   points if part == "main" else bins, []))
+        if runs:
+            for x in ("seconds", "tokens") if part == "main" else ("steps",):
+                report.curves(runs, out / f"{name}-{x}.png", x=x, y=y, columns=2)
 
 
 def main():
@@ -374,7 +487,8 @@ def main():
                    choices=("main", "collapse", "ablation", "cost"), help="only these parts")
     p.add_argument("--jobs", type=int, default=2, help="jobs side by side (default 2)")
     p.add_argument("--out", type=Path, default=Path("results"), help="folder of the results (default results)")
-    p.add_argument("--summary", action="store_true", help="run nothing, sum up what is there")
+    p.add_argument("--summary", action="store_true", help="run nothing: summary.json, figures and README from what is "
+                   "there")
     a = p.parse_args()
     scale = QUICK if a.quick else Scale()
     a.out.mkdir(parents=True, exist_ok=True)
@@ -391,6 +505,11 @@ def main():
         print(f"experiment.py: {e}", file=sys.stderr)
         sys.exit(2)
     whole = summary(a.out, scale)
+    (a.out / "summary.json").write_text(json.dumps({**whole, "goals": goals(whole)}, indent=1) + "\n")
+    if a.summary:
+        figures(a.out)
+        readme = HERE / "README.md"
+        readme.write_text(fill(readme.read_text(), sections(whole, a.out)))
     print(json.dumps({"parts": {part: len(names) for part, names in whole.items()}, "goals": goals(whole)}))
 
 

@@ -204,6 +204,8 @@ PANELS = (  # group, key of a log row, title, what it says, whether it is a shar
     ("Reward", "route", "Right base", "routing steps that name the gold base", True),
     ("Reward", "answer", "Right answer", "reward of answering steps", True),
     ("Routing by gold base", "route:", "Gold base: ", "sampled routing steps that name it", True),
+    ("Routing by gold base", "mixed:", "Mixed groups: ", "of those where this base is gold", True),
+    ("Bases asked for", "asked:", "Asked for: ", "share of all sampled routing steps", True),
     ("Update", "flat_groups", "Flat groups", "groups whose outputs all earned the same: they teach nothing", True),
     ("Update", "entropy", "Entropy", "of the next token, in nats, mean over sampled tokens", False),
     ("Update", "kl", "KL", "distance to the reference policy (k3), a token", False),
@@ -233,10 +235,10 @@ def trailing_mean(y, window):
 
 
 def panels_of(runs):
-    """The panels for which any run has points; "route:" becomes one for each gold route."""
-    routes = sorted({key for run in runs for row in run.rows for key in row if key.startswith("route:")})
+    """The panels for which any run has points; a key as "route:" becomes one for each route."""
+    logged = sorted({key for run in runs for row in run.rows for key in row})
     for group, key, title, note, share in PANELS:
-        for own in routes if key == "route:" else [key]:
+        for own in [name for name in logged if name.startswith(key)] if key.endswith(":") else [key]:
             if any(len(points(run, own)[0]) for run in runs):
                 yield group, own, title + own.removeprefix(key), note, share
 

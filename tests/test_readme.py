@@ -17,7 +17,8 @@ STAND_INS = {
     "kb/text": "{world}/kb/text", "kb/image": "{world}/kb/image", "kb/table": "{world}/kb/table",
     "published_steps.jsonl": "{world}/steps.jsonl", "cuda": "cpu", "bfloat16": "float32",
     "photo.jpg": "{world}/flags/0.png", "data/demo": "{world}", "data/mine": "{out}/mine",
-    "…": "Which country has this flag?",
+    "…": "Which country has this flag?", "runs/step-grpo": "{out}/run", "results.jsonl": "{out}/results.jsonl",
+    "report.html": "{out}/report.html", "data/self.jsonl": "{out}/self.jsonl",
 }
 SMALL = {"--questions": "6", "--limit": "4", "--show": "2", "--max-new-tokens": "48", "--group": "2", "--seed": "7"}
 
@@ -33,7 +34,9 @@ def world(tmp_path_factory):
     out = tmp_path_factory.mktemp("readme") / "world"
     run = lambda *words: subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
     run("world.py", "--seed", "3", "--questions", "8", "--countries", "20", "--out", str(out))
-    run("infer.py", "--world", str(out), "--limit", "1", "--threads", "1")
+    run("infer.py", "--world", str(out), "--threads", "1", "--out", str(out.parent / "results.jsonl"))
+    run("train.py", "grpo", "--world", str(out), "--out", str(out.parent / "run"), "--steps", "1", "--val-every", "0",
+        "--prompts", "4", "--group", "2", "--open-questions", "4", "--threads", "1")
     return out
 
 
