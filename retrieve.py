@@ -19,10 +19,10 @@ Deviations from the paper and from the released code, and why:
   * the lexical and pixel encoders are ours: the embedded world must run without downloads;
   * Wikipedia: the released builder repeats the last window of a page, breaks on quotes in titles, leaves HTML entities
     and writes a wrong id before each passage. Here a last, shorter window covers what no full one does, and an id says
-    page and window;
-  * splitted_tables.json is one JSON value and is parsed whole; all other corpora are streams.
+    page and window.
 """
 import argparse
+import fcntl
 import hashlib
 import html
 import itertools
@@ -33,10 +33,10 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import time
 import unicodedata
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -101,24 +101,31 @@ def split_query(query):
 
 # --------------------------------------------------------------------------------------------------- readers of corpora
 
-def lines_of(path):
-    """Numbered places and lines of a text file: ("file:3", line). ValueError where it cannot be read as UTF-8."""
+@contextmanager
+def reading(path):
+    """A text file, open; ValueError where it cannot be read as UTF-8."""
     try:
         with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                yield f"{path}:{number}", line
+            yield file
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason}): convert the file") from None
 
 
+def lines_of(path):
+    """Numbered places and lines of a text file: ("file:3", line)."""
+    with reading(path) as file:
+        for number, line in enumerate(file, 1):
+            yield f"{path}:{number}", line
+
+
 def json_object(line, place):
     """One line of a JSONL file as a dict."""
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error.msg}): expected one object a line") from None
+    except (ValueError, RecursionError) as error:  # no JSON, an integer beyond Python's limit, lists in lists in lists
+        raise ValueError(f"{place}: not JSON ({error}): expected one object a line") from None
     if not isinstance(row, dict):
         raise ValueError(f"{place}: expected an object, found {type(row).__name__}")
     return row
@@ -145,34 +152,120 @@ def read_mbeir(path, images=None):
         modality = set(str(row.get("modality")).split(","))  # "text,image" and "image,text" both occur
         if not modality <= {"text", "image"}:
             raise ValueError(f"{place}: modality is {row.get('modality')!r}, expected text, image or both")
-        if "image" in modality and not row.get("img_path"):
-            raise ValueError(f"{place}: modality {row['modality']!r} without img_path")
+        if "image" in modality and not (isinstance(row.get("img_path"), str) and row["img_path"]):
+            raise ValueError(f"{place}: modality {row['modality']!r}, but img_path is {row.get('img_path')!r}")
         image = os.path.join(images or Path(path).parent, row["img_path"]) if "image" in modality else None
         text = (row.get("txt") or "") if "text" in modality else ""
         yield checked_doc({"id": row.get("did"), "text": text, "image": image}, place)
 
 
+class JsonStream:
+    """A JSON file read piece by piece: a window slides over its text, so that only the value in hand is in memory."""
+    solid = re.compile(r"\S")
+
+    def __init__(self, path, file):
+        self.path, self.file, self.window, self.at = path, file, "", 0  # what stands before `at` is done with
+
+    def broken(self, problem):
+        return ValueError(f"{self.path}: cannot be read as JSON near {self.window[self.at:self.at + 40]!r}: {problem}")
+
+    def grow(self, problem):
+        """Reads on, so that what is left of the window at least doubles; the problem is an error at the file's end."""
+        more = self.file.read(max(1 << 16, len(self.window) - self.at))
+        if not more:
+            raise self.broken(problem)
+        self.window, self.at = self.window[self.at:] + more, 0
+
+    def next(self):
+        """The next character that is no space, without passing it."""
+        while not (found := self.solid.search(self.window, self.at)):
+            self.grow("it ends too early")
+        self.at = found.start()
+        return found[0]
+
+    def expect(self, character):
+        """Passes the next character, which must be this one."""
+        if self.next() != character:
+            raise self.broken(f"expected {character!r}")
+        self.at += 1
+
+    def value(self, decode=json.JSONDecoder().raw_decode):
+        """The next value, whole: the window grows until it holds the value and what follows it."""
+        self.next()
+        while True:
+            try:
+                value, end = decode(self.window, self.at)
+                problem = "expected ','"
+            except (ValueError, RecursionError) as error:
+                end, problem = len(self.window), getattr(error, "msg", error)
+            follows = self.solid.search(self.window, end)
+            if follows and follows[0] in ",:]}":  # anything else may be the rest of a number that the window cuts
+                self.at = end
+                return value
+            self.grow(problem)
+
+    def items(self):
+        """Enters the next object or list and yields its keys, of a list numbers. Before the next key is asked for, the
+        caller takes the item's value, by value() or items()."""
+        opening, count = self.next(), 0
+        if opening not in "{[":
+            raise self.broken("expected a list or an object")
+        self.at += 1
+        while self.next() != {"{": "}", "[": "]"}[opening]:
+            if count:
+                self.expect(",")
+            key, count = self.value() if opening == "{" else count, count + 1
+            if opening == "{":
+                self.expect(":")
+            yield key
+        self.at += 1
+
+    def pairs(self):
+        """(key, value) of each item of the next object or list."""
+        return ((key, self.value()) for key in self.items())
+
+
+def table_column(path, name):
+    """(key, value) of each item of one column of a file of columns."""
+    with reading(path) as file:
+        stream = JsonStream(path, file)
+        for column in stream.items():
+            yield from (pair for pair in stream.pairs() if column == name)
+
+
 MARKERS = ("[Title]", "[Section title]", "[Caption]", "[Table name]", "[Header]", "[Rows]", "[Row]", "[sep]")  # by id
+TABLE_FIELDS = ("flattened", "page_title", "section_title", "caption", "name", "header", "rows")
 
 
 def read_tables(path, images=None):
     """Open-WikiTable's splitted_tables.json in any pandas orientation: a document's text is the flattened table."""
-    data = read_json(path)
-    if isinstance(data, list):  # orient="records"
-        rows = enumerate(data)
-    elif not isinstance(data, dict):
-        raise ValueError(f"{path}: expected a list or an object of tables")
-    elif isinstance(data.get("header"), dict) or isinstance(data.get("flattened"), dict):  # orient="columns"
-        keys = next(column for name, column in data.items() if name in ("header", "flattened"))
-        rows = ((key, {name: column.get(key) for name, column in data.items()}) for key in keys)
-    else:  # orient="index"
-        rows = data.items()
-    for key, row in rows:
+    for key, row in table_rows(path):
         place = f"{path}: table {key}"
         row = row if isinstance(row, dict) else {}
-        if not row.get("flattened") and not all(isinstance(row.get(name), list) for name in ("header", "rows")):
-            raise ValueError(f"{place}: expected flattened, or header and rows")
+        lines = [row.get("header"), *row["rows"]] if isinstance(row.get("rows"), list) else [None]
+        if not row.get("flattened") and not all(isinstance(line, list) for line in lines):
+            raise ValueError(f"{place}: expected flattened, or header and rows (a list, and a list of lists)")
         yield checked_doc({"id": str(key), "text": row.get("flattened") or flatten_table(row)}, place)
+
+
+def table_rows(path):
+    """(key, row) of each table, as pandas writes them: a list of rows, an object of rows, or an object of columns."""
+    with reading(path) as file:
+        stream, columns = JsonStream(path, file), []
+        for key in stream.items():
+            columns += [key] * (key in TABLE_FIELDS)
+            for _ in stream.pairs():
+                pass  # a look at the keys only
+        if (stream.window[stream.at:] + file.read()).strip():
+            raise stream.broken("the file should end here")
+    if not {"header", "flattened"} & set(columns):
+        with reading(path) as file:
+            yield from JsonStream(path, file).pairs()
+        return
+    for cells in itertools.zip_longest(*(table_column(path, name) for name in columns), fillvalue=(None, None)):
+        if len({key for key, _ in cells}) > 1:  # (key, value) of one table in each column
+            raise ValueError(f"{path}: its columns do not list the same tables in the same order")
+        yield cells[0][0], dict(zip(columns, (value for _, value in cells)))
 
 
 def flatten_table(row):
@@ -247,7 +340,7 @@ class Encoder:
     normalised = True  # rows have length one, so that their inner product is their cosine
     ef = 200  # candidates that a search of an HNSW graph over such vectors should look at
     options = {}  # what load_encoder takes beside the name; travels with a base
-    cut = 0  # documents that were longer than the encoder reads
+    cut = 0  # documents and queries so far that were longer than the encoder reads
 
     def encode_docs(self, docs):
         """Documents (dicts with text, perhaps title and image) to rows (N, D) float32."""
@@ -552,6 +645,15 @@ def precision(device):
     return torch.float16 if torch.device(device).type == "cuda" else torch.float32
 
 
+def usable_device(device):
+    """The device, if torch can compute on it here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # torch says the one of an unknown name, the other of a missing CUDA
+        raise ValueError(f"device {device!r} cannot be used here: give cpu, or cuda where torch finds a GPU") from None
+    return device
+
+
 def read_tokenizer(path):
     """The directory's tokenizer.json, without the padding and truncation that may be saved in it."""
     file = Path(path) / "tokenizer.json"
@@ -651,6 +753,8 @@ class TextEncoder(Encoder):
     """Documents and queries through one BERT-family model, or through one each."""
 
     def __init__(self, path, device="cpu", **options):
+        if options.get("query_model"):
+            options["query_model"] = os.path.abspath(options["query_model"])
         self.name, self.options = os.path.abspath(path), options
         self.settings = settings = make_settings(options)
         self.passages = TextModel(path, settings, device)
@@ -667,7 +771,7 @@ class TextEncoder(Encoder):
 
     @property
     def cut(self):
-        return self.passages.cut
+        return sum(model.cut for model in {self.passages, self.questions})
 
     def encode_docs(self, docs):
         return self.passages([self.settings.passage_prefix + passage(doc) for doc in docs])
@@ -823,7 +927,7 @@ def load_encoder(path_or_name, device="cpu", **options):
         raise ValueError(f"unknown encoder {name!r}: give {', '.join(WEIGHT_FREE)} or a directory with config.json")
     kind = read_json(Path(name) / "config.json").get("model_type")
     known_value(f"{name}: model_type", kind, (*BERT_TYPES, "clip"))
-    return (ClipEncoder if kind == "clip" else TextEncoder)(name, device, **options)
+    return (ClipEncoder if kind == "clip" else TextEncoder)(name, usable_device(device), **options)
 
 
 # -------------------------------------------------------------------------------------------------------------- indexes
@@ -860,7 +964,11 @@ def exact_search(chunks, queries, k, device="cpu"):
 
 
 class Graph:
-    """An HNSW graph over unit vectors, by hnswlib; the inner product of unit vectors is their cosine."""
+    """An HNSW graph over unit vectors, by hnswlib; the inner product of unit vectors is their cosine.
+
+    More than `ef_construction` rows with one and the same vector find only each other and may hide what lies behind
+    them: KnowledgeBase.recall shows it, index "flat" is free of it.
+    """
     suffix = ".hnsw"
 
     def __init__(self, index, options):
@@ -883,6 +991,8 @@ class Graph:
 
     def save(self, path):
         self.index.save_index(str(path))
+        if not path.is_file() or path.stat().st_size != self.index.index_file_size():  # hnswlib does not look
+            raise OSError(f"{path}: could not be written whole: is the disk full?")
 
     @classmethod
     def load(cls, path, dim, options):
@@ -977,7 +1087,11 @@ class Shard:
             raise ValueError("raw inner products and an HNSW graph do not go together (poor recall): give index 'flat'")
         index = INDEXES[options.index].empty(encoder.dim, len(docs), options)
         for start in range(0, len(docs), CHUNK):
-            vectors = encoder.encode_docs(docs[start:start + CHUNK])
+            part = docs[start:start + CHUNK]
+            vectors = encoder.encode_docs(part)
+            if vectors.shape != (len(part), encoder.dim) or not np.isfinite(vectors).all():
+                raise ValueError(f"encoder {encoder.name!r}: {vectors.shape} numbers for {len(part)} documents at "
+                                 f"dimension {encoder.dim}, or some not finite: nothing was indexed")
             index.add(vectors)
             tick(len(vectors))
         return cls(index, docs)
@@ -1051,7 +1165,6 @@ def check_files(path, manifest):
 
 def put_in_place(folder, path):
     """Renames a finished folder to `path`. A base that stands there is moved aside first, then deleted."""
-    os.chmod(folder, 0o755)
     clear_aside(path)
     if path.exists():
         os.replace(path, aside_of(path))
@@ -1071,7 +1184,29 @@ def check_target(path):
     """A place that a base may be written to: free, empty, or an older base."""
     if path.exists() and not (path / "manifest.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path}: exists and is no knowledge base: give another place, nothing was overwritten")
+
+
+@contextmanager
+def sole_writer(path, wait=True):
+    """The right to write the base at `path`: one process at a time holds it, until it is done or dies (kill -9 too).
+
+    Where another process holds it, this one waits, or with wait=False raises ValueError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.parent / f".{path.name}.lock"
+    while True:
+        with open(lock, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise ValueError(f"{path}: another process builds it: wait for that, or give another place") from None
+            if os.fstat(file.fileno()).st_nlink:  # 0: who held it deleted it while we waited; others may hold a new one
+                try:
+                    check_target(path)
+                    yield
+                finally:
+                    lock.unlink(missing_ok=True)
+                return
 
 
 # --------------------------------------------------------------------------------------------------- the knowledge base
@@ -1101,8 +1236,14 @@ class KnowledgeBase:
     def save(self, path):
         """Writes the base as a folder, beside `path` first and then renamed: nothing is ever half-written there."""
         path = Path(os.path.abspath(path))
-        check_target(path)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.new.", dir=path.parent))
+        with sole_writer(path):
+            self.write(path)
+
+    def write(self, path):
+        """What save does, for a caller who is the sole writer already."""
+        folder = path.parent / f".{path.name}.new"
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+        folder.mkdir()
         try:
             records = [shard.write(folder, number, path) for number, shard in enumerate(self.shards)]
             write_manifest(folder, self.encoder, self.options, records)
@@ -1130,7 +1271,7 @@ class KnowledgeBase:
         check_files(path, manifest)
         options = IndexOptions(**{**manifest["index"], **({"ef": ef} if ef else {})})
         shards = [Shard.load(path, number, encoder.dim, options) for number in range(len(manifest["shards"]))]
-        return cls(encoder.restored(read_json(path / "encoder.json")), shards, options, device)
+        return cls(encoder.restored(read_json(path / "encoder.json")), shards, options, usable_device(device))
 
     def search(self, queries, k=5):
         """The k best documents of each query, best first: a list of Hit for each, shorter where the base holds fewer.
@@ -1177,6 +1318,8 @@ class KnowledgeBase:
 
         sample: a list of queries, or a number of documents, drawn by seed, whose own vectors are the queries.
         """
+        if k < 1 or (sample if isinstance(sample, int) else len(sample)) < 1:
+            raise ValueError(f"recall@{k} of {sample} queries: give at least 1 of each")
         if not len(self):
             return 1.0
         if isinstance(sample, int):
@@ -1189,17 +1332,43 @@ class KnowledgeBase:
         return float((found >= exact[:, -1:] - 1e-5).mean())
 
 
+def load_or_build(path, corpus, encoder):
+    """The base of a plain JSONL corpus, kept at `path`: built on first use, or when the corpus is newer than the base.
+
+    Of several processes that come at once one builds; the others wait for it and open what it built.
+    """
+    path, corpus = Path(os.path.abspath(path)), Path(corpus)
+
+    def fresh():
+        try:
+            return (path / "manifest.json").stat().st_mtime >= corpus.stat().st_mtime
+        except FileNotFoundError:
+            return False
+
+    if not fresh():
+        with sole_writer(path):
+            if not fresh():  # still, now that no other process is at it
+                KnowledgeBase.build(read_docs(corpus), encoder).write(path)
+    return KnowledgeBase.load(path)
+
+
 def build_folder(read, encoder, out, options=IndexOptions(), *, shard=500_000, source="", log=lambda line: None):
     """Builds a base on disk, shard by shard, in memory bounded by one shard; returns the number of documents.
 
     read() gives a fresh stream of documents. Killed at any point and started again with the same arguments and the same
     `source` (any description of the corpus), it goes on after the last finished shard. `out` appears when all is done.
+    While another process builds the same base, ValueError.
     """
     if shard < 1:
         raise ValueError(f"shard is {shard}: give the number of documents of a shard, at least 1")
     out = Path(os.path.abspath(out))
-    check_target(out)
-    work, options = out.parent / f".{out.name}.building", replace(options, ef=options.ef or encoder.ef)
+    with sole_writer(out, wait=False):
+        return build_shards(read, encoder, out, replace(options, ef=options.ef or encoder.ef), shard, source, log)
+
+
+def build_shards(read, encoder, out, options, shard, source, log):
+    """What build_folder does, for the sole writer."""
+    work = out.parent / f".{out.name}.building"
     plan = text_sum([FORMAT, source, encoder.fingerprint(), asdict(options), shard])
     last = out / "progress" / "plan.json"
     if last.is_file() and (known := read_json(last))["plan"] == plan:  # killed just after the base was put in place
@@ -1210,16 +1379,15 @@ def build_folder(read, encoder, out, options=IndexOptions(), *, shard=500_000, s
     stream, records = iter(read()), []
     progress = Progress(count, log)
     for number in range(math.ceil(count / shard)):
-        docs = [checked_doc(doc, f"shard {number}") for doc in itertools.islice(stream, shard)]
+        docs = (checked_doc(doc, f"shard {number}") for doc in itertools.islice(stream, shard))
         record = work / "progress" / f"{number}.json"
         if record.is_file():
-            records.append(read_json(record))
-            progress.add(len(docs), encoded=False)
-            continue
-        records.append(Shard.build(docs, encoder, options, progress.add).write(work, number, out))
-        write_json(record, records[-1])
+            progress.add(sum(1 for _ in docs), encoded=False)
+        else:
+            write_json(record, Shard.build(list(docs), encoder, options, progress.add).write(work, number, out))
+        records.append(read_json(record))
     if sum(record["count"] for record in records) != count or next(stream, None) is not None:
-        raise ValueError(f"{source or 'the corpus'}: changed while it was read: delete {work} and build again")
+        raise ValueError(f"{out}: the corpus changed while it was read: delete {work} and build again")
     write_manifest(work, encoder, options, records)
     put_in_place(work, out)
     shutil.rmtree(out / "progress")
@@ -1235,10 +1403,10 @@ def begin_or_resume(work, plan, read, encoder, log):
             log(f"going on in {work}")
             return encoder.restored(known["state"]), known["count"]
         log(f"{work} was begun with other options or another corpus: starting anew")
+    encoder, count = encoder.fitted(read())  # also the look at every row before the long work begins
+    log(f"{count} documents")
     shutil.rmtree(work, ignore_errors=True)
     (work / "progress").mkdir(parents=True)
-    encoder, count = encoder.fitted(read())
-    log(f"{count} documents")
     write_json(begun, {"plan": plan, "count": count, "state": encoder.state()})
     return encoder, count
 
@@ -1288,6 +1456,8 @@ def search_command(args):
     base = KnowledgeBase.load(args.kb, args.encoder, device=args.device, ef=args.ef)
     for hit in base.search([{"text": args.query, "image": args.image}], args.k)[0]:
         print(f"{hit.score:.4f}  {hit.id}  {hit.text}" + (f"  [{hit.image}]" if hit.image else ""))
+    if base.encoder.cut:
+        log_line("the query was longer than the encoder reads and was cut")
 
 
 def info_command(args):

@@ -5,12 +5,15 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hnswlib
@@ -23,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import retrieve
-from retrieve import (Encoder, Hit, IndexOptions, KnowledgeBase, Lexical, build_folder, load_encoder, read_docs,
-                      read_mbeir, read_tables, read_wiki, windows)
+from retrieve import (Encoder, Hit, IndexOptions, JsonStream, KnowledgeBase, Lexical, build_folder, load_encoder,
+                      load_or_build, read_docs, read_mbeir, read_tables, read_wiki, sole_writer, windows)
 
 ROOT = Path(__file__).resolve().parents[1]
 SYLLABLES = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in "lnrst"][:120]
@@ -336,7 +339,17 @@ def test_directory_says_pooling_and_length_options_say_prefixes(tmp_path):
     assert encoder.cut == sum(len(("the red " + text).split()) > 7 for text in texts)  # 9 with [CLS] and [SEP]
 
 
-def test_open_wikitable_two_encoders_markers_and_raw_products(tmp_path):
+def test_batches_are_sorted_by_length(tmp_path):
+    """1, 5, 2, 3 words are 3, 7, 4, 5 tokens with [CLS] and [SEP]; a batch holds 8, padding included: 7; then 5, which
+    with its neighbour would be 10; then 4 and 3, padded to 4."""
+    make_bert(tmp_path / "m")
+    model = load_encoder(tmp_path / "m", batch_tokens=8).passages
+    batches = list(retrieve.token_batches(model, ["red", "red red red red red", "red red", "red red red"]))
+    assert [(batch, list(ids.shape), sizes.tolist()) for batch, ids, sizes in batches] == [
+        ([1], [1, 7], [7]), ([3], [1, 5], [5]), ([2, 0], [2, 4], [4, 3])]
+
+
+def test_open_wikitable_two_encoders_markers_and_raw_products(tmp_path, monkeypatch):
     from transformers import PreTrainedTokenizerFast
     tables = make_bert(tmp_path / "t", seed=1, extra=8)  # rows for the eight markers
     questions = make_bert(tmp_path / "q", seed=2)
@@ -359,6 +372,11 @@ def test_open_wikitable_two_encoders_markers_and_raw_products(tmp_path):
     assert hit.score == pytest.approx(float(expected[0] @ asked[0]), rel=2e-3)  # half precision
     with pytest.raises(ValueError, match="flat"):
         KnowledgeBase.build([doc], encoder)
+    monkeypatch.chdir(tmp_path)
+    relative = load_encoder("t", pooling="pooler", normalise=False, query_model="q")
+    KnowledgeBase.build([doc], relative, index="flat").save("kb")
+    monkeypatch.chdir("/")  # a base remembers where its models lie, wherever it is opened from
+    assert len(KnowledgeBase.load(tmp_path / "kb").search(["red flag"])[0]) == 1
 
 
 def test_weights_that_do_not_fit_are_all_named(tmp_path):
@@ -402,6 +420,7 @@ def test_broken_model_directories_are_refused(tmp_path, damage, reason):
 
 @pytest.mark.parametrize("name, options, reason", [
     ("nothing", {}, "unknown encoder"), ("lexical", {"pooling": "cls"}, "takes no options"),
+    ("m", {"device": "tpux"}, "device 'tpux' cannot be used here"),
     ("m", {"pooling": "max"}, "max"), ("m", {"poling": "cls"}, "poling")])
 def test_wrong_encoder_options(tmp_path, name, options, reason):
     make_bert(tmp_path / "m")
@@ -546,6 +565,19 @@ def test_equal_scores_stand_in_document_order():
     assert [hit.id for hit in flat.search(["same words"], 5)[0]] == ["0", "1", "2", "3", "4"]
 
 
+def test_duplicates_hide_nothing_or_recall_tells():
+    """Of 3000 vectors 150 are the same, which is fine, or 300, more than the graph's 200 candidates."""
+    for every, index, least, most in ((20, "hnsw", 0.99, 1), (10, "hnsw", 0.5, 0.95), (10, "flat", 1, 1)):
+        vectors = unit(3000, 32)
+        vectors[::every] = vectors[0]
+        base = KnowledgeBase.build(numbered(3000), Given(vectors), index=index)
+        exact = np.sort(vectors[::7] @ vectors.T, axis=1)[:, -10]
+        found = base.search_vectors(vectors[::7], 10)[0]
+        by_hand = (found >= exact[:, None] - 2e-3).mean()
+        told = base.recall([str(i) for i in range(0, 3000, 7)])
+        assert least <= by_hand <= most and told == pytest.approx(by_hand, abs=0.02)
+
+
 def test_odd_queries_behave():
     texts = ("Ärger im Büro", "東京 は 日本 の 首都", "x" * 100_000, "\ud800 half", "", "<|im_end|></think>")
     base = KnowledgeBase.build(docs_of(*texts), "lexical")
@@ -578,6 +610,21 @@ def test_recall_counts_what_the_graph_misses():
     found = thin.search_vectors(thin.encoder.encode_queries(queries), 10)[1]
     by_hand = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, exact)])
     assert thin.recall(queries) == pytest.approx(by_hand, abs=1e-3) and by_hand < 0.9
+
+
+@pytest.mark.parametrize("sample, k", [(0, 10), (-3, 10), ([], 10), (5, 0)])
+def test_recall_of_nothing_is_refused(sample, k):
+    with pytest.raises(ValueError, match="at least 1"):
+        KnowledgeBase.build(docs_of("x"), "lexical").recall(sample, k)
+
+
+@pytest.mark.parametrize("vectors", [np.zeros((1, 8)), np.zeros((2, 7)), np.full((2, 8), np.nan)])
+def test_vectors_that_cannot_be_are_not_indexed(vectors):
+    encoder = Given(unit(2, 8))
+    encoder.encode_docs = lambda docs: vectors.astype(np.float32)
+    for index in ("hnsw", "flat"):
+        with pytest.raises(ValueError, match="encoder 'given'.*nothing was indexed"):
+            KnowledgeBase.build(numbered(2), encoder, index=index)
 
 
 @pytest.mark.parametrize("values, reason", [({"index": "tree"}, "tree"), ({"M": 1}, "M is 1"),
@@ -695,6 +742,65 @@ def test_a_failing_save_leaves_the_old_base(saved, monkeypatch):
     assert len(KnowledgeBase.load(folder)) == 20 and [p.name for p in folder.parent.iterdir()] == ["kb"]
 
 
+def test_a_full_disk_is_noticed(saved, monkeypatch):
+    """No file may grow beyond 50 kB: hnswlib would leave a torn graph without a word."""
+    base, folder = saved
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(OSError, match="00000.hnsw: could not be written whole"):
+            base.save(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(KnowledgeBase.load(folder)) == 20 and [p.name for p in folder.parent.iterdir()] == ["kb"]
+
+
+def test_ef_holds_after_loading(tmp_path):
+    """hnswlib forgets ef; with its own default of 10 this thin graph would find much less."""
+    vectors = unit(4000, 32)
+    base = KnowledgeBase.build(numbered(4000), Given(vectors), M=6, ef=150)
+    base.save(tmp_path / "kb")
+    loaded, hasty = (KnowledgeBase.load(tmp_path / "kb", Given(vectors), ef=ef) for ef in (None, 10))
+    for one, other in zip(base.search_vectors(vectors[:200], 10), loaded.search_vectors(vectors[:200], 10)):
+        np.testing.assert_array_equal(one, other)
+    assert loaded.recall(200) > hasty.recall(200) + 0.05
+
+
+def test_processes_that_need_the_same_base_at_once_build_it_once(tmp_path, monkeypatch):
+    """Threads stand for processes here: each opens the lock file anew, which is all that the system looks at."""
+    corpus, built, build = write_lines(tmp_path / "t.jsonl", {"id": "a", "text": "one"}), [], KnowledgeBase.build
+
+    def slow(docs, encoder):
+        built.append(1)
+        time.sleep(0.2)
+        return build(docs, encoder)
+
+    monkeypatch.setattr(KnowledgeBase, "build", slow)
+
+    def at_once():
+        with ThreadPoolExecutor(6) as pool:
+            bases = list(pool.map(lambda _: load_or_build(tmp_path / "kb" / "text", corpus, "lexical"), range(6)))
+        return {tuple(top(base, "x")) for base in bases}
+
+    assert at_once() == {("one",)} and len(built) == 1
+    assert at_once() == {("one",)} and len(built) == 1
+    write_lines(corpus, {"id": "a", "text": "two"})
+    os.utime(corpus, ns=(time.time_ns() + 10**9,) * 2)
+    load_or_build(tmp_path / "kb" / "text", corpus, "lexical")
+    assert len(built) == 2
+    os.utime(corpus, ns=(1, 1))
+    assert at_once() == {("two",)} and len(built) == 2
+    assert [p.name for p in (tmp_path / "kb").iterdir()] == ["text"]
+
+
+def test_saves_to_one_place_take_turns(tmp_path):
+    bases = [KnowledgeBase.build(docs_of(*"abc"[:n]), "lexical") for n in (1, 2, 3)]
+    with ThreadPoolExecutor(9) as pool:
+        list(pool.map(lambda i: bases[i % 3].save(tmp_path / "kb"), range(60)))
+    assert len(KnowledgeBase.load(tmp_path / "kb")) in (1, 2, 3)
+    assert [p.name for p in tmp_path.iterdir()] == ["kb"]
+
+
 def test_one_thread_repeats_every_byte(tmp_path, world):
     for name in ("a", "b"):
         KnowledgeBase.build(docs_of(*world[0][:800]), "lexical", seed=4, threads=1).save(tmp_path / name)
@@ -713,7 +819,8 @@ def test_plain_reader(tmp_path):
 
 @pytest.mark.parametrize("row", [
     "{", "[1]", {"text": "no id"}, {"id": "x"}, {"id": "x", "text": None}, {"id": "x", "text": ["y"]},
-    {"id": "x", "text": "y", "image": 3}, {"id": True, "text": "y"}])
+    {"id": "x", "text": "y", "image": 3}, {"id": True, "text": "y"}, '{"id": "x", "text": ' + "[" * 100_000,
+    '{"text": "y", "id": ' + "1" * 5000 + "}"], ids=lambda row: str(row)[:30])
 def test_rows_that_do_not_fit_are_named(tmp_path, row):
     file = write_lines(tmp_path / "d.jsonl", {"id": "a", "text": "one"}, row)
     with pytest.raises(ValueError, match="d.jsonl:2: ") as error:
@@ -776,9 +883,66 @@ def test_open_wikitable_in_every_orientation(tmp_path):
         (tmp_path / "splitted_tables.json").write_text(json.dumps(data))
         docs = list(read_tables(tmp_path / "splitted_tables.json"))
         assert [(doc["id"], doc["text"]) for doc in docs] == [("0", "as it stands"), ("1", flat)]
-    (tmp_path / "t.json").write_text(json.dumps([{"caption": "C"}]))
-    with pytest.raises(ValueError, match="table 0: expected flattened"):
+
+
+@pytest.mark.parametrize("text, reason", [
+    ('[{"caption": "C"}]', "table 0: expected flattened"), ('[{"header": ["a"], "rows": [3]}]', "table 0: expected"),
+    ('{"a": {"header": 1, "rows": []}}', "table a: expected"), ("[[1]]", "table 0: expected"), ("", "ends too early"),
+    ("7", "expected a list or an object"), ('[{"flattened": "x"}', "ends too early"), ('{"0": {"x": tr}}', "near 'tr}"),
+    ('[{"flattened": "x"}] {}', "should end here"), ('{"flattened": {"1": "x"}, "header": {"2": []}}', "same order"),
+    ('{"flattened": {"1": "x"}, "header": {}}', "same order"), ("[" * 100_000, "recursion"), ("[" + "1" * 5000, "")],
+    ids=lambda x: x[:20])
+def test_broken_table_files_are_named(tmp_path, text, reason):
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(ValueError, match=f"t.json: .*{reason}") as error:
         list(read_tables(tmp_path / "t.json"))
+    assert "\n" not in str(error.value)
+
+
+class Drip:
+    """A file that gives a few characters at a time, so that the window ends at every kind of place."""
+    def __init__(self, text, step):
+        self.pieces = iter([text[i:i + step] for i in range(0, len(text), step)])
+
+    def read(self, _):
+        return next(self.pieces, "")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(), x, max_size=4), max_leaves=12)
+
+
+@given(st.lists(json_values) | st.dictionaries(st.text(), json_values), st.integers(1, 9), st.sampled_from([None, 1]))
+@settings(max_examples=200, deadline=None)
+def test_json_piece_by_piece_is_what_json_reads(value, step, indent):
+    text = json.dumps(value, indent=indent, ensure_ascii=step % 2 == 0)
+    expected = list(value.items() if isinstance(value, dict) else enumerate(value))
+    assert list(JsonStream("x", Drip(text, step)).pairs()) == expected
+    with pytest.raises(ValueError):
+        list(JsonStream("x", Drip(text[:-1], step)).pairs())
+
+
+@pytest.mark.parametrize("orient", ["records", "index", "columns"])
+def test_tables_are_read_one_by_one(tmp_path, orient):
+    """4 MB of tables in less than 1 MB of memory; parsed as a whole they take more than their size."""
+    rows = [{"id": i, "header": ["a"], "rows": [["x" * 40] * 50], "flattened": "y" * 2000} for i in range(1000)]
+    indexed = {str(i): row for i, row in enumerate(rows)}
+    columns = {name: {key: row[name] for key, row in indexed.items()} for name in rows[0]}
+    text = json.dumps({"records": rows, "index": indexed, "columns": columns}[orient])
+    (tmp_path / "t.json").write_text(text)
+    assert len(text) > 4e6
+    del rows, indexed, columns
+
+    def peak(work):
+        tracemalloc.start()
+        result = work()
+        reached = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return result, reached
+
+    count, reached = peak(lambda: sum(doc["text"] == "y" * 2000 for doc in read_tables(tmp_path / "t.json")))
+    assert count == 1000 and reached < 1e6 < 4e6 < peak(lambda: json.loads(text))[1]
 
 
 def test_mbeir_candidates(tmp_path):
@@ -791,7 +955,8 @@ def test_mbeir_candidates(tmp_path):
     assert [(doc["id"], doc["text"], doc["image"]) for doc in docs] == [
         ("9:1", "a cat", "/m/i/a.jpg"), ("9:2", "", "/m/b.jpg"), ("9:3", "words", None), ("9:4", "t", "/m/c.jpg")]
     for row, reason in (({"did": "1", "txt": "x", "modality": "sound"}, "sound"),
-                        ({"txt": "x", "modality": "text"}, "id"), ({"did": "1", "modality": "image"}, "img_path")):
+                        ({"txt": "x", "modality": "text"}, "id"), ({"did": "1", "modality": "image"}, "img_path"),
+                        ({"did": "1", "modality": "image", "img_path": 7}, "img_path is 7")):
         with pytest.raises(ValueError, match=f"bad.jsonl:1: .*{reason}"):
             list(read_mbeir(write_lines(tmp_path / "bad.jsonl", row)))
 
@@ -832,12 +997,16 @@ def test_a_killed_build_goes_on_without_redoing_losing_or_doubling(tmp_path, scr
         limit = time.monotonic() + 60
         while not (work / "progress" / begun).exists() and process.poll() is None and time.monotonic() < limit:
             time.sleep(0.002)
+        code, _, err = script(*words, tmp_path / "kb")
+        assert code == 2 and "another process builds it" in err and len(err.splitlines()) == 1
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert (work / "progress" / begun).exists() and not (tmp_path / "kb").exists()
+        assert (tmp_path / ".kb.lock").exists()  # but nobody holds it any more
         kept = {f"{i:05d}.hnsw": (work / f"{i:05d}.hnsw").stat().st_mtime_ns for i in range(done)}
     code, _, err = script(*words, tmp_path / "kb")
-    assert code == 0 and "going on" in err and not work.exists() and len(kept) == 2
+    assert code == 0 and "going on" in err and len(kept) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["docs.jsonl", "kb", "whole"]
     for name, stamp in kept.items():
         assert (tmp_path / "kb" / name).stat().st_mtime_ns == stamp, f"{name} was written again"
     assert same_folders(tmp_path / "whole", tmp_path / "kb")
@@ -887,6 +1056,32 @@ def test_a_build_stopped_at_any_file_operation_goes_on(tmp_path, monkeypatch):
         assert build(name) == 7
         assert same_folders(tmp_path / "whole", tmp_path / name), n
         assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")], n
+
+
+def test_a_build_holds_one_shard_in_memory(tmp_path):
+    """Ten shards of 400 documents with 4 kB of text and 2 kB of vectors each: 2.4 MB a shard, 24 MB in all."""
+    def read():
+        for i in range(4000):
+            yield {"id": str(i), "text": str(i), "title": f"{i:04000d}"}
+
+    encoder, peaks = Given(unit(4000, 1024)), []
+    for shard in (400, 4000):
+        tracemalloc.start()
+        build_folder(read, encoder, tmp_path / str(shard), IndexOptions("flat"), shard=shard)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[0] < 6e6 < 24e6 < peaks[1]  # beside the shard stand the rows in single precision, 1.6 MB
+
+
+def test_progress_says_how_long_it_will_take(monkeypatch):
+    """Of 100 documents an earlier run did 40. Now 20 in 10 s, that is 2/s, so the other 40 take a third of a minute."""
+    now, lines = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = retrieve.Progress(100, lines.append)
+    progress.add(40, encoded=False)
+    for now[0], count in ((2.0, 4), (10.0, 16), (11.0, 4), (30.0, 36)):
+        progress.add(count)
+    assert lines == ["60 of 100 documents, 2/s, 0.3 min left", "100 of 100 documents, 2/s, 0.0 min left"]
 
 
 def test_a_changed_corpus_starts_anew(tmp_path):
@@ -945,6 +1140,8 @@ def test_the_commands(tmp_path, script):
     words = "--index flat --no-normalise --pooling mean --max-length 4 --query-prefix".split()
     code, _, err = script("build", corpus, "--out", tmp_path / "b", "--encoder", tmp_path / "m", *words, "what ")
     assert code == 0 and "2 documents were longer than the encoder reads and were cut" in err
+    long = script("search", tmp_path / "b", "red green blue big small"), script("search", tmp_path / "b", "red")
+    assert [("the query was longer" in err) for _, _, err in long] == [True, False]
     settings = KnowledgeBase.load(tmp_path / "b").encoder.settings
     assert (settings.normalise, settings.pooling, settings.query_prefix) == (False, "mean", "what ")
 
@@ -953,6 +1150,10 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, script):
     corpus = write_lines(tmp_path / "text.jsonl", {"id": "a", "text": "Bakdol has capital Mirtas."})
     kb = tmp_path / "kb"
     assert script("build", corpus, "--out", kb)[0] == 0
+    for words, reason in ((("search", kb, "x", "--device", "tpux"), "device 'tpux'"),
+                          (("check", kb, "--sample", 0), "at least 1")):
+        code, _, err = script(*words)
+        assert code == 2 and reason in err and len(err.splitlines()) == 1, err
     flip(kb / "00000.hnsw")
     write_lines(tmp_path / "bad.jsonl", "{")
     for words, reason in (
@@ -964,5 +1165,6 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, script):
             (("build", corpus, "--out", kb, "--encoder", "no"), "unknown encoder")):
         code, _, err = script(*words)
         assert code == 2 and reason in err and len(err.splitlines()) == 1, err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "kb", "text.jsonl"]  # nothing half-begun
     done = command("search", tmp_path / "nothing", "x")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "no knowledge base" in done.stderr
