@@ -538,7 +538,7 @@ def bench_retrieve(o):
 def bench_encoder(o, folder):
     """A BERT of MiniLM's size over passages of 20 to 100 words; both sides sort by length, the peer batches by 32."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from retrieve import load_encoder
+    from encode import load_encoder
     hf = needed("transformers")
     words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *(f"w{i}" for i in range(2000))]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "[UNK]"))
@@ -598,7 +598,7 @@ def least_ef(rows_at, truth, target, step=5):
 
 def given_encoder(vectors, queries):
     """An encoder that looks vectors up, so that only the base is timed: document "7" is row 7."""
-    from retrieve import Encoder
+    from encode import Encoder
 
     class Given(Encoder):
         name, dim = "given", vectors.shape[1]

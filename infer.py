@@ -17,14 +17,19 @@ Deviations from the paper and the released code, and why:
   * a prompt that the model has no room for is counted and not asked; it is never cut, for a cut loses the question.
 """
 import argparse
+import fcntl
 import json
+import math
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import time
 import zlib
 from collections import Counter, deque
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice, zip_longest
@@ -33,8 +38,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from model import VLM, Processor, load_picture
-from retrieve import KnowledgeBase, read_docs
+from model import VLM, Processor, inside, load_picture
+from retrieve import KnowledgeBase, load_or_build
 from score import (ROUTING, answer_scores, gold_routes, golds_of, overview, plans_of, predicted, print_results,
                    score_row, score_table, write_table, write_whole)
 from steps import (BASE_OF, BASES, NONE, PREFIX, PROMPTS, ROUTES, AnswerStep, RouteStep, StepError,
@@ -166,6 +171,8 @@ class RouterOptions:
         for name in ("k", "static_k", "max_steps", "max_new_tokens", "samples", "batch_size", "call_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}: give 0 (greedy) or more")
         if self.temperature == 0 and (self.samples > 1 or self.retries):
             raise ValueError("temperature 0 gives the same output each time: raise it, or keep samples 1, retries 0")
 
@@ -551,12 +558,15 @@ def demonstrations():
 
 # -------------------------------------------------------------------------------------------------------------- 3 files
 
+MAX_ROW = 4_000_000  # characters of a line of JSONL: a longer one is no question, and would be tokenised for minutes
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".JPEG", ".webp")
 WORLD_ENCODERS = {"text": "lexical", "image": "pixel", "table": "lexical"}
 
 
 def read_rows(path, check, limit=None):
     """JSONL, or its first `limit` lines -> (what `check(row, number)` returns, faults); a bad row becomes a fault."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"{path}: its first {limit} rows are none: give at least 1")
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")[:limit]
     except (OSError, UnicodeDecodeError) as error:
@@ -566,12 +576,14 @@ def read_rows(path, check, limit=None):
         if not line.strip():
             continue
         try:
+            if len(line) > MAX_ROW:
+                raise ValueError(f"a row of {len(line)} characters: {MAX_ROW} at most")
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError(f"expected an object, found {type(row).__name__}")
             rows.append(check(row, number))
-        except json.JSONDecodeError as error:
-            faults.append(f"{path}:{number}: not JSON ({error.msg}): expected one object a line")
+        except (json.JSONDecodeError, RecursionError) as error:  # lists in lists in lists
+            faults.append(f"{path}:{number}: not JSON ({getattr(error, 'msg', error)}): expected one object a line")
         except ValueError as error:
             faults.append(f"{path}:{number}: {error}")
     if not rows:
@@ -585,12 +597,14 @@ def load_questions(path, images=None, limit=None):
     `image` becomes a path that opens, found in the folder `images` (by image_id) or beside the file, or None; `set`
     (the file's name, or its folder's where that says more) and `line` are added.
     """
-    path = Path(path)
+    path, seen = Path(path), {}
     name = path.absolute().parent.name if path.stem == "questions" else path.stem
 
     def check(row, number):
         if not isinstance(row.get("question"), str) or not row["question"].strip():
             raise ValueError("empty question: give it some words")
+        if row.get("id") is not None and (first := seen.setdefault(str(row["id"]), number)) != number:
+            raise ValueError(f"id {str(row['id'])[:40]!r} stands in line {first} already: a question counts once")
         golds_of(row)
         gold_routes(row)
         json.dumps(row, ensure_ascii=False).encode()  # a half of a surrogate pair could not be written to the results
@@ -599,7 +613,11 @@ def load_questions(path, images=None, limit=None):
 
 
 def picture_of(row, folder, images):
-    """The path of a question's picture as text, or None; ValueError where it is missing or is no picture."""
+    """The path of a question's picture as text, or None; ValueError where it is missing or is no picture.
+
+    A file from outside must not show the model any other picture of this machine: links and `..` followed, the picture
+    lies in `images`, or where that is not given in the file's `folder`.
+    """
     if row.get("image") is not None:
         path = Path(images or folder) / str(row["image"])
     elif row.get("image_id") is None:
@@ -609,6 +627,9 @@ def picture_of(row, folder, images):
     else:
         named = [Path(images) / f"{row['image_id']}{ending}" for ending in PICTURE_ENDINGS]
         path = next((path for path in named if path.is_file()), named[0])
+    if not inside(path, images or folder):
+        raise ValueError(f"picture {str(path)[-80:]} leads out of {images or folder}: name the folder of the pictures "
+                         "with --images DIR")
     load_picture(path)
     return str(path)
 
@@ -638,7 +659,7 @@ def load_prompts(path):
     else:
         try:
             prompts = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: cannot be read ({error}): give a prompts.json or a .jsonl of steps") from None
     if not isinstance(prompts, dict) or not all(k in PROMPTS and isinstance(v, str) for k, v in prompts.items()):
         raise ValueError(f"{path}: expected system prompts as strings under the names {', '.join(PROMPTS)}")
@@ -663,10 +684,7 @@ def world_bases(folder, names=BASES):
         corpus, home = Path(folder) / f"{name}.jsonl", Path(folder) / "kb" / name
         if not corpus.is_file():
             raise ValueError(f"{corpus}: no such file: --world takes a folder that world.py has written")
-        manifest = home / "manifest.json"
-        if not manifest.is_file() or manifest.stat().st_mtime < corpus.stat().st_mtime:
-            KnowledgeBase.build(read_docs(corpus), WORLD_ENCODERS[name]).save(home)
-        bases[name] = KnowledgeBase.load(home)
+        bases[name] = load_or_build(home, corpus, WORLD_ENCODERS[name])
     return bases
 
 
@@ -680,6 +698,31 @@ def embedded_world(name, split, seed, questions):
         if subprocess.run(command, stdout=sys.stderr).returncode:
             raise ValueError(f"world.py could not write {folder}: see its message above")
     return folder
+
+
+def hold(file, path):
+    """Makes this process the only writer of an open file until it closes it or ends, however it ends (kill -9 too)."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{path}: another process writes there: wait for it, or name another --out") from None
+
+
+@contextmanager
+def appending(path):
+    """A result file, open for rows at its end and held; it goes again where none came."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(path, "a", encoding="utf-8") as out:
+            hold(out, path)
+            try:
+                yield out
+            finally:
+                if not os.path.getsize(path):
+                    os.unlink(path)
+    except OSError as error:
+        raise error if error.filename else OSError(f"{path}: {error.strerror}: make room, and the same command "
+                                                   "continues behind the last whole row") from None
 
 
 def earlier_rows(path, run):
@@ -704,17 +747,34 @@ def write_steps(path, rows, prompts, keep):
     `keep` "correct" is rejection sampling: only trajectories whose answer has a recall of 1. Those with a malformed
     step have no place in such a file.
     """
-    kept, folder = [], Path(path).parent.resolve()
+    kept = []
     for row in rows:
         well_formed = not row["cost"]["malformed"] and not row["cost"]["too_long"]
         if well_formed and (keep == "all" or answer_scores(predicted(row), golds_of(row))[1] == 1):
-            images = [os.path.relpath(Path(row["image"]).resolve(), folder)] if row.get("image") else []
+            images = [picture_beside(row["image"], Path(path))] if row.get("image") else []
             kept.append(json.dumps({"images": images, "steps": steps_of(row, prompts)}, ensure_ascii=False) + "\n")
     if not kept:
         raise ValueError(f"{path} was not written: none of {len(rows)} trajectories is well formed" +
                          (" and correct: raise --temperature, or --keep all" if keep == "correct" else ""))
     write_whole(path, "".join(kept))
     return len(kept)
+
+
+def picture_beside(image, path):
+    """The name of a picture from the folder of the step file at `path`. Readers of such files take no picture from
+    outside that folder: one that lies elsewhere gets a link (or else a copy) in a folder beside the file."""
+    image, folder = Path(image).resolve(), path.parent.resolve()
+    if not inside(image, folder):
+        links = folder / f"{path.stem}-pictures"
+        links.mkdir(parents=True, exist_ok=True)
+        link = links / f"{zlib.crc32(str(image).encode()):08x}-{image.name}"
+        link.unlink(missing_ok=True)
+        try:
+            os.link(image, link)
+        except OSError:  # another disk
+            shutil.copyfile(image, link)
+        image = link
+    return os.path.relpath(image, folder)
 
 
 # ---------------------------------------------------------------------------------------------------- 4 what people see
@@ -995,11 +1055,11 @@ def answer_many(router, questions, args, show):
     before the others.
     """
     method, rows, faults, run = router.options.method, {}, {}, settings_mark(router, args)
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        rows = {row_key(row): row for row in earlier_rows(args.out, run) if row["method"] == method}
-    progress = Progress(method, sum(row_key(question) not in rows for question in questions))
-    with open(args.out or os.devnull, "a", encoding="utf-8") as out:
+    with appending(args.out) if args.out else open(os.devnull, "a") as out:
+        if args.out:
+            rows = {row_key(row): row for row in earlier_rows(args.out, run) if row["method"] == method}
+        progress = Progress(method, sum(row_key(question) not in rows for question in questions))
+
         def keep(trajectory):
             row = result_row(trajectory) | {"run": run}
             rows[row_key(row)] = row
@@ -1084,7 +1144,7 @@ def report(tables, left_out, args):
 
 def main(argv=None):
     """Runs a command. Exit code 0 where there is a result, even if rows were left out; 2 after a user's mistake, 130
-    after Ctrl-C."""
+    after Ctrl-C, 143 after SIGTERM."""
     try:
         args = parse_flags(argv)
         if args.threads > 0:
@@ -1100,4 +1160,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

@@ -26,6 +26,7 @@ import functools
 import json
 import math
 import os
+import warnings
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -87,13 +88,17 @@ class Config:
 
 
 def read_json(path):
-    """Parse a JSON file; a missing or broken one raises ValueError with the place."""
+    """The object in a JSON file; a missing or broken file, or one with something else, raises ValueError with the
+    place."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:   # no JSON, no UTF-8, a number of 5,000 digits, lists in lists in lists
         raise ValueError(f"{path}: not valid JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def read_config(source):
@@ -106,7 +111,11 @@ def read_config(source):
     else:
         where = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
         raw = read_json(where)
-    text = {**raw, **raw.get("text_config", {})}
+    for d, names in ((raw, ("text_config", "vision_config", "rope_scaling", "rope_parameters")),
+                     (raw.get("text_config") or {}, ("rope_scaling", "rope_parameters"))):
+        if wrong := [name for name in names if not isinstance(d.get(name) or {}, dict)]:
+            raise ValueError(f"{where}: {wrong[0]} is {str(d[wrong[0]])[:40]!r}, expected an object")
+    text = {**raw, **(raw.get("text_config") or {})}
     rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
     vision = dict(raw.get("vision_config") or {})
     vision["in_channels"] = vision.get("in_channels", vision.get("in_chans", 3))
@@ -132,7 +141,10 @@ def read_config(source):
     if missing := [name for name in needed if name not in given]:
         raise ValueError(f"{where}: missing {', '.join(missing)}")
     for d, names in ((given, ("mrope_section",)), (vision, ("fullatt_block_indexes",))):
-        d.update({k: tuple(d[k]) for k in names if k in d})
+        for k in (k for k in names if k in d):
+            if not isinstance(d[k], list) or not all(type(i) is int and 0 <= i <= 1_000_000 for i in d[k]):
+                raise ValueError(f"{where}: {k} is {str(d[k])[:40]!r}, expected a list of whole numbers")
+            d[k] = tuple(d[k])
     vis = VisionConfig(**{f.name: vision[f.name] for f in fields(VisionConfig) if f.name in vision})
     config = Config(**given, vision=vis, raw=raw)
     check_config(config, where)
@@ -144,8 +156,12 @@ def check_config(c, where):
     sizes = [(f.name, getattr(c, f.name)) for f in fields(Config) if f.type is int]
     sizes += [("vision_config." + f.name, getattr(c.vision, f.name)) for f in fields(VisionConfig) if f.type is int]
     for name, value in sizes:
-        if not isinstance(value, int) or not 1 <= value <= 1_000_000:
-            raise ValueError(f"{where}: {name} is {value!r}, expected a whole number from 1 to 1000000")
+        most = 1000 if name.endswith(("num_hidden_layers", "depth")) else 1_000_000
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"{where}: {name} is {str(value)[:40]!r}, expected a whole number from 1 to {most}")
+    for name in ("rms_norm_eps", "rope_theta"):
+        if type(value := getattr(c, name)) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"{where}: {name} is {str(value)[:40]!r}, expected a positive number")
     if c.hidden_size % c.num_attention_heads or c.num_attention_heads % c.num_key_value_heads:
         raise ValueError(f"{where}: hidden_size {c.hidden_size}, num_attention_heads {c.num_attention_heads} and "
                          f"num_key_value_heads {c.num_key_value_heads} must divide one another in this order")
@@ -591,6 +607,8 @@ class VLM(nn.Module):
         config = read_config(path_or_dict)
         with torch.device("meta"):
             vlm = cls(config)
+        if (size := sum(p.numel() for p in vlm.parameters())) > 100e9:          # before anything is allocated
+            raise ValueError(f"config.json asks for {size:.1e} random weights: this code makes up to 1e11")
         vlm.to_empty(device=device)
         g = torch.Generator(device).manual_seed(seed)
         with torch.no_grad():
@@ -635,6 +653,8 @@ class VLM(nn.Module):
                             problems.append(f"shape {shape} instead of {list(expected[name].shape)}: {key}")
                             continue
                         set_parameter(vlm, name, f.get_tensor(key).to(device=device, dtype=dtype))
+                        if not finite(vlm.get_parameter(name)):
+                            problems.append(f"infinite or not a number: {key}")
             except (SafetensorError, OSError) as e:
                 raise ValueError(f"{file}: not a readable safetensors file ({e}); is the download complete?") from None
         problems = [f"missing: {name}" for name in sorted(missing)] + problems
@@ -916,6 +936,11 @@ def weight_files(path):
     raise ValueError(f"{path}: no model.safetensors")
 
 
+def finite(tensor):
+    """Whether all its numbers are; needs no second tensor of its size, as isfinite() would."""
+    return all(math.isfinite(end) for end in tensor.detach().aminmax())
+
+
 def set_parameter(module, name, tensor):
     """Put a tensor in the place of a (meta) parameter."""
     *path, last = name.split(".")
@@ -949,11 +974,20 @@ class LoRALinear(nn.Linear):
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
+def check_rank(rank, alpha, where):
+    """Raise ValueError for an adapter of impossible size, before it is allocated."""
+    if type(rank) is not int or not 1 <= rank <= 4096:
+        raise ValueError(f"{where}: the adapter's rank is {rank!r}, expected a whole number from 1 to 4096")
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise ValueError(f"{where}: lora_alpha is {alpha!r}, expected a positive number")
+
+
 def add_lora(vlm, rank=16, alpha=32, targets=LORA_TARGETS, seed=0):
     """Freeze the model and give each linear layer whose name ends with a target an adapter.
 
     Returns the trainable parameters. Raises ValueError where a target names no layer.
     """
+    check_rank(rank, alpha, "add_lora")
     layers = [name for name, m in vlm.named_modules() if isinstance(m, nn.Linear)]
     found = {t: [name for name in layers if ("." + name).endswith("." + t)] for t in targets}
     if empty := [t for t, names in found.items() if not names]:
@@ -1010,8 +1044,10 @@ def load_adapter(vlm, path):
     for name, value in plain.items():
         if (config.get(name) or value or None) != (value or None):
             raise ValueError(f"{path}: {name} is {config[name]!r}, this code supports {value!r} only")
-    if not isinstance(config.get("target_modules"), list):
-        raise ValueError(f"{path}: target_modules is {config.get('target_modules')!r}, expected a list of layer names")
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"{path}: target_modules is {targets!r}, expected a list of layer names")
+    check_rank(config.get("r"), config.get("lora_alpha"), path)
     if not hasattr(vlm, "lora"):
         add_lora(vlm, config["r"], config["lora_alpha"], tuple(config["target_modules"]))
     if vlm.lora["lora_alpha"] != config["lora_alpha"]:
@@ -1029,6 +1065,7 @@ def load_adapter(vlm, path):
     bad += [f"unexpected: {n}" for n in sorted(set(theirs) - set(ours))]
     bad += [f"shape {list(theirs[n].shape)} instead of {list(ours[n].shape)}: {n}"
             for n in ours if n in theirs and theirs[n].shape != ours[n].shape]
+    bad += [f"infinite or not a number: {n}" for n in ours if n in theirs and not finite(theirs[n])]
     if bad:
         raise ValueError(f"{path}: {len(bad)} adapter weights do not fit: {'; '.join(bad)}")
     with torch.no_grad():
@@ -1072,14 +1109,27 @@ def smart_resize(height, width, factor, min_pixels, max_pixels):
     return h, w
 
 
+def inside(path, folder):
+    """Whether a file lies in a folder, links and `..` followed: where pictures that a data file names may lie."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+# Pillow knows more, but a file need not be what its name says, and some formats start programs (EPS: Ghostscript).
+PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+
 def load_picture(image):
     """A path or a PIL picture -> PIL RGB, turned upright by its EXIF note. Raises ValueError that names a file that is
-    no picture."""
+    no picture of the formats PICTURES, or that unpacks to more than Pillow's limit of 90 million pixels."""
     try:
         if not isinstance(image, Image.Image):
-            with Image.open(image) as f:
-                f.load()
-                image = f
+            if os.path.exists(image) and not os.path.isfile(image):        # opening a pipe would wait for its writer
+                raise OSError("no regular file")
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(image, formats=PICTURES) as f:
+                    f.load()
+                    image = f
         image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:                   # what shows through is white, as in the published processor
             image = image.convert("RGBA")
@@ -1087,8 +1137,27 @@ def load_picture(image):
         return image.convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"{image}: no such picture") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as e:
+    except UnidentifiedImageError:
+        raise ValueError(f"{image}: not a readable picture; these formats are read: {', '.join(PICTURES)}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, OSError, SyntaxError, ValueError) as e:
         raise ValueError(f"{image}: not a readable picture ({e})") from None
+
+
+def check_pictures(settings):
+    """Raise ValueError for picture settings that cannot be, before any picture is made that large."""
+    size = settings.get("size") or {}
+    most = {"patch_size": 100, "temporal_patch_size": 10, "merge_size": 10}
+    found = {**settings, **(size if isinstance(size, dict) else {"size": size})}
+    for name in (*most, "min_pixels", "max_pixels", "shortest_edge", "longest_edge"):
+        value, limit = found.get(name), most.get(name, 2 ** 26)
+        if value is not None and (type(value) is not int or not 1 <= value <= limit):
+            raise ValueError(f"preprocessor_config.json: {name} is {str(value)[:40]!r}, expected a whole number from 1 "
+                             f"to {limit}")
+    for name, least in (("image_mean", -math.inf), ("image_std", 0)):
+        values = settings.get(name, [1, 1, 1])
+        fits = isinstance(values, list) and [type(x) in (int, float) and least < x < math.inf for x in values]
+        if fits != [True] * 3:
+            raise ValueError(f"preprocessor_config.json: {name} is {str(values)[:40]!r}, expected three numbers")
 
 
 class Processor:
@@ -1104,6 +1173,7 @@ class Processor:
         if missing:
             raise ValueError(f"tokenizer.json lacks the control tokens {', '.join(missing)}; "
                              "is this a Qwen2.5-VL tokenizer?")
+        check_pictures(settings)
         # whatever the file says of them, control tokens are special,
         # and special tokens in a text are read as the letters they are written with
         tokenizer.add_special_tokens(list(self.CONTROL))
@@ -1135,8 +1205,29 @@ class Processor:
             raise ValueError(f"{path / 'tokenizer.json'}: not a readable tokenizer ({e})") from None
         settings = read_json(path / "preprocessor_config.json")
         generation = path / "generation_config.json"
-        eos = read_json(generation).get("eos_token_id", ()) if generation.exists() else ()
-        return cls(tokenizer, settings, (eos,) if isinstance(eos, int) else eos)
+        eos = read_json(generation).get("eos_token_id") if generation.exists() else None
+        eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        if wrong := [i for i in eos if type(i) is not int or tokenizer.id_to_token(i) is None]:
+            raise ValueError(f"{generation}: eos_token_id {wrong[0]!r} is no token of tokenizer.json")
+        try:
+            processor = cls(tokenizer, settings, eos)
+            if (path / "config.json").exists():
+                processor.check(read_config(path))
+            return processor
+        except ValueError as e:
+            raise ValueError(str(e) if str(path) in str(e) else f"{path}: {e}") from None
+
+    def check(self, c):
+        """Raise ValueError where tokens and patches are not those of a model with this Config."""
+        if (size := max(self.tokenizer.get_vocab().values()) + 1) > c.vocab_size:
+            raise ValueError(f"tokenizer.json has {size} tokens, config.json a vocab_size of {c.vocab_size}")
+        v = c.vision
+        for name, ours, theirs in (("image_token_id", self.image_pad, c.image_token_id),
+                                   ("patch_size", self.patch, v.patch_size),
+                                   ("temporal_patch_size", self.frames, v.temporal_patch_size),
+                                   ("spatial_merge_size", self.merge, v.spatial_merge_size)):
+            if ours != theirs:
+                raise ValueError(f"config.json says {name} {theirs}, tokenizer.json or preprocessor_config.json {ours}")
 
     def pixels(self, image):
         """Picture -> patches (P, 3 * frames * patch^2) float32 and its grid (1, h, w) in patches; 2 x 2 neighbours

@@ -32,10 +32,10 @@ from pathlib import Path
 
 import numpy as np
 
+from encode import load_encoder
 from grpo import Reward, RewardOptions, similarity_table, step_reward
 from infer import HERE, OneLineParser, evaluate, read_rows
 from model import load_picture, read_json
-from retrieve import load_encoder
 from score import answer_scores, gold_routes, golds_of, plans_of, predicted, score_row
 from steps import NONE, PREFIX, ROUTES, RouteStep, StepError, parse_step, render_answer, render_route
 

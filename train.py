@@ -43,14 +43,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from encode import load_encoder
 from grpo import RewardOptions, answer_reward, group_advantages, grpo_loss, similarity_table, step_reward
-from infer import (Candidate, OneLineParser, Router, Search, embedded_world, evaluate, in_budget, load_prompts,
-                   load_questions, step_output, world_bases)
-from model import VLM, Processor, add_lora, load_adapter, lora_disabled, merge_lora, read_json, save_adapter, write_json
-from retrieve import load_encoder
-from score import answer_scores, golds_of
+from infer import (MAX_ROW, Candidate, OneLineParser, Router, Search, embedded_world, evaluate, hold, in_budget,
+                   load_prompts, load_questions, step_output, usable_device, world_bases)
+from model import (VLM, Processor, add_lora, inside, load_adapter, lora_disabled, merge_lora, read_json, save_adapter,
+                   write_json)
+from score import answer_scores, golds_of, write_whole
 from steps import BASES, IMAGE, RouteStep, conversation, parse_step
 
 
@@ -58,7 +60,8 @@ from steps import BASES, IMAGE, RouteStep, conversation, parse_step
 
 
 def option(default, text, **more):
-    """A field of an options class: its default, and the sentence that --help shows."""
+    """A field of an options class: its default, the sentence that --help shows, and for a number the `least` and the
+    `most` that it may be, by default not below 0."""
     return field(default=default, metadata={"help": text, **more})
 
 
@@ -68,10 +71,10 @@ class Options:
     model: str = option("weights/tiny-warm", "model directory to start from; without weights in it, from random ones")
     out: str = option("runs/run", "folder of the run: options, log, checkpoints; an unfinished one is continued")
     seed: int = option(0, "seed of everything that is random")
-    steps: int = option(1000, "number of updates")
+    steps: int = option(1000, "number of updates", least=1)
     learning_rate: float = option(5e-4, "peak of the learning rate")
     warmup: int = option(10, "updates over which the learning rate rises to its peak")
-    decay: float = option(0.5, "share of the run, at its end, over which the rate falls to a tenth; 0 keeps it")
+    decay: float = option(0.5, "share of the run, at its end, over which the rate falls to a tenth; 0 keeps it", most=1)
     weight_decay: float = option(0.01, "AdamW's decay of matrices (not of norms and biases)")
     beta1: float = option(0.9, "AdamW's memory of the gradient")
     beta2: float = option(0.98, "AdamW's memory of the squared gradient")
@@ -83,13 +86,20 @@ class Options:
     threads: int = option(0, "CPU threads of torch; 0 leaves torch's choice")
     clock: str = option("wall", "what --minutes and the seconds of the log count: time on the wall, or time of the "
                         "processor, which other work on the machine hardly changes", choices=("wall", "cpu"))
-    save_every: int = option(200, "updates between checkpoints")
-    log_every: int = option(10, "updates between lines on the screen; the log file has every one")
+    save_every: int = option(200, "updates between checkpoints", least=1)
+    log_every: int = option(10, "updates between lines on the screen; the log file has every one", least=1)
     minutes: float = option(0.0, "end after this many minutes, whatever --steps says; 0: no limit")
     val_world: str = option("", "a world to validate on through the router, for the choice of the best checkpoint; by "
                             "default the embedded one")
     val_every: int = option(0, "updates between validations; 0: none")
-    val_questions: int = option(260, "questions of a validation")
+    val_questions: int = option(260, "questions of a validation", least=1)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, least, most = getattr(self, f.name), f.metadata.get("least", 0), f.metadata.get("most", math.inf)
+            if type(value) in (int, float) and not (least <= value <= most and value < math.inf):
+                limits = f"give at least {least}" if most == math.inf else f"give {least} to {most}"
+                raise ValueError(f"--{f.name.replace('_', '-')} is {value}: {limits}")
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ class SftOptions(Options):
     """Options of supervised training."""
     data: tuple = option((), "step files, each may carry its share of the examples: steps.jsonl=3 copy.jsonl=1",
                          nargs="+")
-    tokens: int = option(1536, "token budget of a batch, padding included")
+    tokens: int = option(1536, "token budget of a batch, padding included", least=1)
     previous_token_head: bool = option(False, "start from random weights with one head of the first layers attending "
                                        "to the token before")
 
@@ -108,7 +118,7 @@ def parse_options(cls, words):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(cls):
         kind = type(f.default)
-        more = {k: v for k, v in f.metadata.items() if k != "help"}
+        more = {k: v for k, v in f.metadata.items() if k in ("choices", "nargs")}
         if kind is bool:
             more["action"] = argparse.BooleanOptionalAction
         else:
@@ -151,26 +161,33 @@ class StepExample:
 
 def read_steps(path):
     """Read a step file into a list of trajectories, each a list of StepExample. ValueError names file and line of a row
-    that does not fit."""
+    that does not fit, or that shows a picture of this machine from outside the file's folder."""
     path, rows = Path(path), []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")        # splitlines() would break rows at U+2028, too
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: not readable ({e})") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
+            if len(line) > MAX_ROW:
+                raise KeyError(f"a row of {len(line)} characters, {MAX_ROW} at most")
             row = json.loads(line)
             images = tuple(str(path.parent / i) for i in row.get("images") or ())
+            # published files name their authors' paths, which nobody else has: such rows are counted and left out
+            if outside := [i for i in images if os.path.exists(i) and not inside(i, path.parent)]:
+                raise KeyError(f"picture {outside[0]} lies outside the file's folder: move or link the pictures there")
             steps = [StepExample(s["step_type"], s["system"], s["problem"], s["answer"], s.get("thought", ""), images)
                      for s in row["steps"]]
             fits = lambda s: s.kind in ("ret", "ans") and (s.kind == "ret") == isinstance(s.answer, dict) and s.answer
             bad = [s for s in steps if not fits(s)]
             if bad or not steps:
                 raise KeyError(f"step_type {bad[0].kind!r} with answer {str(bad[0].answer)[:60]!r}" if bad else "steps")
+            if not all(isinstance(text, str) for s in steps for text in (s.target(), s.problem, s.system, s.thought)):
+                raise TypeError("a problem, system prompt or thought that is no text")
             rows.append(steps)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError) as e:
             raise ValueError(f"{path}, line {number}: expected {{\"images\", \"steps\": [{{\"step_type\": ret|ans, "
                              f"\"problem\", \"system\", \"answer\"}}]}} ({type(e).__name__}: {e})") from None
     if not rows:
@@ -354,13 +371,28 @@ class RankRouter(Router):
 LOGS = ("log.jsonl", "samples.jsonl")           # a line an update; whole groups, a few of some updates
 
 
+@contextmanager
+def reading_checkpoint(path):
+    """Whatever is wrong with a checkpoint is said in one line."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError) as e:
+        said = str(e).splitlines()[0]
+        raise ValueError(f"{path}: no whole checkpoint of this run ({type(e).__name__}: {said}): let the link name "
+                         "another one, or name another --out") from None
+
+
 class Run:
-    """The folder of a run: what was asked for, what happened, and checkpoints from which it goes on."""
+    """The folder of a run: what was asked for, what happened, and checkpoints from which it goes on. One process at a
+    time (with its ranks) works in it."""
 
     def __init__(self, options, model, processor, prompts):
         self.o, self.plain, self.processor, self.prompts = options, model, processor, prompts
         self.path = Path(options.out)
         self.path.mkdir(parents=True, exist_ok=True)
+        if not rank():
+            self.lock = open(self.path / "lock", "w")    # held while this object lives; the file stays
+            hold(self.lock, self.path)
         self.state = {"step": 0, "seconds": 0.0, "tokens": 0, "best": None}
         stored = self.resume()
         self.model = sharded(model)                      # what is trained; `plain` is what samples and is saved
@@ -374,7 +406,8 @@ class Run:
              {"params": [m for m in masters if m.dim() <= 1], "weight_decay": 0.0}],
             lr=options.learning_rate, betas=(options.beta1, options.beta2), fused=True)
         self.generator = torch.Generator(options.device).manual_seed(options.seed)
-        self.restore(stored)
+        with reading_checkpoint(self.path / "last"):
+            self.restore(stored)
         if not rank():
             write_json(self.path / "options.json", asdict(options))
         self.now = time.process_time if options.clock == "cpu" else time.time
@@ -417,7 +450,7 @@ class Run:
         Returns what `restore` reads: optimizer and random state, {} in a new run.
         """
         last = self.path / "last"
-        if not last.exists():
+        if not os.path.lexists(last):
             for name in LOGS if not rank() else ():
                 (self.path / name).unlink(missing_ok=True)
             return {}
@@ -426,23 +459,30 @@ class Run:
         if different := [k for k in asked if k not in free and list_of(asked[k]) != was.get(k)]:
             raise ValueError(f"{self.path} holds a run with another --{different[0].replace('_', '-')} "
                              f"({was.get(different[0])}); name another --out, or remove it")
-        self.state = read_json(last / "trainer.json")
-        if hasattr(self.plain, "lora"):
-            load_adapter(self.plain, last)
-        else:
-            saved = VLM.from_pretrained(last, dtype=next(self.plain.parameters()).dtype)
-            self.plain.load_state_dict(saved.state_dict())
+        with reading_checkpoint(last):
+            self.state |= read_json(last / "trainer.json")
+            if type(self.state["step"]) is not int:
+                raise TypeError(f"step is {self.state['step']!r}")
+            stored = load_file(last / "trainer.safetensors", device="cpu")
+            if hasattr(self.plain, "lora"):
+                load_adapter(self.plain, last)
+            else:
+                saved = VLM.from_pretrained(last, dtype=next(self.plain.parameters()).dtype)
+                self.plain.load_state_dict(saved.state_dict())
         for log in (self.path / name for name in LOGS if not rank() and (self.path / name).exists()):
-            kept = [line for line in log.read_text().splitlines(True) if json.loads(line)["step"] <= self.state["step"]]
-            log.with_suffix(".new").write_text("".join(kept))
-            log.with_suffix(".new").replace(log)
+            lines = log.read_text(encoding="utf-8").split("\n")[:-1]                   # the last one is empty, or torn
+            write_whole(log, "".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= self.state["step"]))
         tell(f"continuing {self.path} after step {self.state['step']}")
-        return load_file(last / "trainer.safetensors", device="cpu")
+        return stored
 
     def restore(self, stored):
         """Optimizer and random state of a checkpoint, whatever the number of ranks that wrote it."""
         for p in (p for group in self.optimizer.param_groups for p in group["params"]):
             name = self.names[id(p)]
+            wrong = [key for key in stored if key.endswith("." + name) and not key.startswith("step.")
+                     and stored[key].shape != p.shape]
+            if wrong:
+                raise KeyError(f"shape {list(stored[wrong[0]].shape)} instead of {list(p.shape)}: {wrong[0]}")
             if f"step.{name}" in stored:                 # nothing is stored where no update was made yet
                 moments = {key: share_of(stored[f"{key}.{name}"], p) for key in ("exp_avg", "exp_avg_sq")}
                 self.optimizer.state[p] = {"step": stored[f"step.{name}"].to(p.device), **moments}
@@ -497,7 +537,7 @@ class Run:
         row = {**row, "seconds": round(self.state["seconds"], 2)}
         if rank():
             return
-        with open(self.path / "log.jsonl", "a") as f:
+        with open(self.path / "log.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
         if "validation" in row:
             return
@@ -564,10 +604,15 @@ class Run:
         if not folder.exists():
             new = self.path / (name + ".new")
             shutil.rmtree(new, ignore_errors=True)
-            write_model(new, self.plain, self.o.model, self.prompts)
-            save_file(stored, new / "trainer.safetensors")
-            write_json(new / "trainer.json", self.state)
-            new.replace(folder)
+            try:
+                write_model(new, self.plain, self.o.model, self.prompts)
+                save_file(stored, new / "trainer.safetensors")
+                write_json(new / "trainer.json", self.state)
+                new.replace(folder)
+            except (OSError, SafetensorError) as e:
+                shutil.rmtree(new, ignore_errors=True)
+                raise OSError(f"{folder}: could not be written ({e}): make room, and the same command goes on from the "
+                              "checkpoint before it") from None
         for link in ("last", "best") if best else ("last",):
             (self.path / (link + ".new")).unlink(missing_ok=True)
             (self.path / (link + ".new")).symlink_to(name)
@@ -606,6 +651,7 @@ def open_model(options):
     path, dtype = Path(options.model), getattr(torch, options.dtype)
     if not path.is_dir():
         raise ValueError(f"--model {path}: no such directory")
+    usable_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     fresh = not any(path.glob("*.safetensors"))
@@ -654,6 +700,8 @@ def read_sources(specs):
     for spec in specs:
         name, _, share = spec.rpartition("=") if "=" in spec else (spec, "", "1")
         try:
+            if not 0 < float(share) < math.inf:
+                raise ValueError(f"the share is {share}: give a positive number")
             sources.append((name, [step for row in read_steps(name) for step in row], float(share)))
         except ValueError as e:
             raise ValueError(f"--data {spec}: {e}") from None
@@ -703,28 +751,28 @@ def sft(o):
 class GrpoOptions(Options):
     """Options of Step-GRPO and of its ablations. The defaults train weights/tiny-warm in the embedded world."""
     out: str = option("runs/step-grpo", "folder of the run; an unfinished run there is continued")
-    steps: int = option(250, "number of updates")
+    steps: int = option(250, "number of updates", least=1)
     val_every: int = option(50, "updates between validations; 0: none")
     mode: str = option("online", "offline: step files with gold history; online: live trajectories, a group a step; "
                        "outcome: a group a question", choices=("offline", "online", "outcome"))
     data: tuple = option((), "offline: step files", nargs="+")
     world: str = option("", "online, outcome: a world to practise in; by default the embedded one")
     encoder: str = option("lexical", "offline: the encoder that measures similarity; online takes the text base's")
-    prompts: int = option(32, "step prompts an update (offline, online)")
-    questions: int = option(8, "questions an update (outcome)")
-    group: int = option(8, "samples of a prompt: the group G")
-    temperature: float = option(1.0, "of sampling, and of the log-probabilities in the loss")
-    max_new_tokens: int = option(64, "longest output")
-    call_tokens: int = option(65536, "token budget of a model call in sampling: prompts, and room for all outputs")
+    prompts: int = option(32, "step prompts an update (offline, online)", least=1)
+    questions: int = option(8, "questions an update (outcome)", least=1)
+    group: int = option(8, "samples of a prompt: the group G", least=1)
+    temperature: float = option(1.0, "of sampling, and of the log-probabilities in the loss", least=0.01)
+    max_new_tokens: int = option(64, "longest output", least=1)
+    call_tokens: int = option(65536, "token budget of a model call in sampling: prompts, and room for all outputs", least=1)
     balance: bool = option(True, "draw step prompts evenly over their gold route (offline, online), questions over "
                            "their routes (outcome)")
-    answer_share: float = option(0.25, "share of answering steps among the prompts, where they are balanced")
-    rest: float = option(0.8, "how much less often solved prompts are drawn: 0 as often, 1 never again")
+    answer_share: float = option(0.25, "share of answering steps among the prompts, where they are balanced", most=1)
+    rest: float = option(0.8, "how much less often solved prompts are drawn: 0 as often, 1 never again", most=1)
     follow: str = option("random", "online: the candidate that the trajectory goes on with", choices=("random", "best"))
     match: float = option(0.9, "online: how similar to an open gold hop a sub-question must be to stand for it")
-    open_questions: int = option(160, "online: trajectories that are under way at once")
-    k: int = option(2, "online, outcome: passages of evidence")
-    max_steps: int = option(4, "online, outcome: sub-questions at most")
+    open_questions: int = option(160, "online: trajectories that are under way at once", least=1)
+    k: int = option(2, "online, outcome: passages of evidence", least=1)
+    max_steps: int = option(4, "online, outcome: sub-questions at most", least=1)
     form: str = option("strict", "of the reward: strict pays only what the router can read, published searches for "
                        "tags", choices=("strict", "published"))
     similarity_weight: float = option(0.5, "of the routing reward")
@@ -738,9 +786,9 @@ class GrpoOptions(Options):
     entropy_coef: float = option(0.0, "bonus for entropy on the tokens between the ret tags")
     level: str = option("token", "mean over all tokens, or over outputs", choices=("token", "sequence"))
     fill: int = option(8, "sample until this many groups of an update are mixed ...")
-    tries: int = option(4, "... but at most this many times; 1 samples once")
-    updates: int = option(1, "passes over a batch of samples; above 1 the clip matters")
-    tokens: int = option(2048, "token budget of a micro-batch of the update: prompts and outputs")
+    tries: int = option(4, "... but at most this many times; 1 samples once", least=1)
+    updates: int = option(1, "passes over a batch of samples; above 1 the clip matters", least=1)
+    tokens: int = option(2048, "token budget of a micro-batch of the update: prompts and outputs", least=1)
     lora_rank: int = option(0, "train an adapter of this rank instead of all weights; 0 trains all")
     lora_alpha: float = option(32.0, "the adapter is scaled by alpha / rank")
     drop: tuple = option((), "offline: rows to leave out", nargs="*",
@@ -840,13 +888,9 @@ def balanced(o, items, label, key, interest, rng):
 class Offline:
     """The released recipe: step prompts with gold history from step files, nothing is retrieved."""
 
-    def __init__(self, o, run, router, world):
+    def __init__(self, o, run, router, rows):
         self.o, self.run, self.router = o, run, router
-        rows = [row for name in o.data for row in read_steps(name)]
-        kept, self.counts = clean_rows(rows, o.drop)
-        found = ", ".join(f"{n} {name}" for name, n in self.counts.items())
-        tell(f"{len(rows)} rows: {found}; {len(kept)} are trained on")
-        self.steps = [step for row in kept for step in row]
+        self.steps = [step for row in rows for step in row]
         queries = [s.answer["query"] for s in self.steps if s.kind == "ret"]
         self.encoder, _ = load_encoder(o.encoder).fitted([{"text": q} for q in queries])
         self.interest = Interest(o.rest, run.state.setdefault("interest", {}))
@@ -865,6 +909,17 @@ class Offline:
                 groups.append(Group(s.conversation(), ids, candidates, rewards, parts, gold_label(s), [s.answer]))
                 self.interest.learn(place[id(s)], groups[-1].solved)
         return groups, {"too_long": len(chosen) - len(groups), "reward_s": spent}
+
+
+def offline_rows(o):
+    """The rows of the step files, without those that --drop leaves out; says what was found."""
+    if not o.data:
+        raise ValueError("--data: name at least one step file")
+    rows = [row for name in o.data for row in read_steps(name)]
+    kept, counts = clean_rows(rows, o.drop)
+    found = ", ".join(f"{n} {name}" for name, n in counts.items())
+    tell(f"{len(rows)} rows: {found}; {len(kept)} are trained on")
+    return kept
 
 
 def gold_label(step):
@@ -970,9 +1025,8 @@ class Online:
     """Live trajectories: G candidates for each step from one history, one is followed, its own evidence enters the next
     prompt."""
 
-    def __init__(self, o, run, router, world):
-        self.o, self.run, self.router = o, run, router
-        self.rows = practice_rows(world)
+    def __init__(self, o, run, router, rows):
+        self.o, self.run, self.router, self.rows = o, run, router, rows
         self.encoder = router.bases["text"].encoder
         self.interest = Interest(o.rest, run.state.setdefault("interest", {}))
         self.by_first = {}
@@ -1046,9 +1100,8 @@ class Outcome:
     """Trajectory-level GRPO: G trajectories of a question are the group, the recall of the final answer is the only
     reward."""
 
-    def __init__(self, o, run, router, world):
-        self.o, self.run, self.router = o, run, router
-        self.rows = practice_rows(world)
+    def __init__(self, o, run, router, rows):
+        self.o, self.run, self.router, self.rows = o, run, router, rows
         self.by_routes = {}
         for row in self.rows:
             self.by_routes.setdefault(" ".join(h["retriever"] for h in row["hops"]), []).append(row)
@@ -1093,6 +1146,8 @@ def practice_rows(world):
     if faults or any("hops" not in row for row in rows):
         why = faults[0] if faults else "questions without gold hops cannot be rewarded step by step"
         raise ValueError(f"--world {world}: {why}")
+    if wrong := [row for row in rows if not all(isinstance(hop.get("answer"), str) for hop in row["hops"])]:
+        raise ValueError(f"--world {world}: questions.jsonl:{wrong[0]['line']}: a hop without 'answer', a text")
     return rows
 
 
@@ -1216,15 +1271,16 @@ def grpo(o):
     model, processor, _ = open_model(o)
     if o.lora_rank:
         add_lora(model, o.lora_rank, o.lora_alpha)
-    prompts = read_json(Path(o.model) / "prompts.json") if (Path(o.model) / "prompts.json").exists() else {}
+    prompts = load_prompts(Path(o.model) / "prompts.json") if (Path(o.model) / "prompts.json").exists() else {}
     with first_rank_first():
         world = o.world or embedded_world("train", "train", 0, 3000) if o.mode != "offline" else None
         bases = world_bases(world) if world else {base: None for base in BASES}
     router = RankRouter(model, processor, bases, prompts=prompts, k=o.k, max_steps=o.max_steps,
                         max_new_tokens=o.max_new_tokens, temperature=o.temperature, call_tokens=o.call_tokens)
     reference = reference_of(o, model)
+    rows = practice_rows(world) if world else offline_rows(o)
     run = Run(o, model, processor, prompts)
-    source = {"offline": Offline, "online": Online, "outcome": Outcome}[o.mode](o, run, router, world)
+    source = {"offline": Offline, "online": Online, "outcome": Outcome}[o.mode](o, run, router, rows)
     for step in run.steps():
         clock, metrics = [run.now()], {}
         with run.whole():
@@ -1336,8 +1392,8 @@ def main():
     code = 0
     try:
         command(parse_options(options, words))
-    except (ValueError, FloatingPointError) as e:      # torchrun ends the others once one rank failed, so each says why
-        sys.stderr.write(f"train.py: {e}\n")
+    except (ValueError, OSError, FloatingPointError, SafetensorError) as e:
+        sys.stderr.write(f"train.py: {e}\n")          # torchrun ends the others once one rank failed, so each says why
         code = 2
     except KeyboardInterrupt:
         print("train.py: stopped; the same command continues from the last checkpoint", file=sys.stderr)

@@ -61,7 +61,6 @@ RUNS = {                                             # kind of test_train's comm
 def test_two_ranks_train_as_one(home, tmp_path, kind):                                          # noqa: F811
     """With the default learning rate: four steps move weights by 4e-4, and the difference is 1e-5 at most."""
     parts, more = RUNS[kind]
-    infer.world_bases(home / "w")                    # so that the two runs, side by side, do not both build them
     words = (*commands(home)[kind], *more, "--steps")
     alone = start(1, (*words, 4), tmp_path / "one")
     for i, ranks in enumerate(parts):

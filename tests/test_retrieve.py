@@ -16,7 +16,6 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import hnswlib
 import numpy as np
 import pytest
 import torch
@@ -25,9 +24,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+import encode
 import retrieve
-from retrieve import (Encoder, Hit, IndexOptions, JsonStream, KnowledgeBase, Lexical, build_folder, load_encoder,
-                      load_or_build, read_docs, read_mbeir, read_tables, read_wiki, sole_writer, windows)
+from encode import Encoder, Lexical, load_encoder
+from retrieve import (Hit, IndexOptions, JsonStream, KnowledgeBase, build_folder, load_or_build, read_docs, read_mbeir,
+                      read_tables, read_wiki, windows)
 
 ROOT = Path(__file__).resolve().parents[1]
 SYLLABLES = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in "lnrst"][:120]
@@ -344,7 +345,7 @@ def test_batches_are_sorted_by_length(tmp_path):
     with its neighbour would be 10; then 4 and 3, padded to 4."""
     make_bert(tmp_path / "m")
     model = load_encoder(tmp_path / "m", batch_tokens=8).passages
-    batches = list(retrieve.token_batches(model, ["red", "red red red red red", "red red", "red red red"]))
+    batches = list(encode.token_batches(model, ["red", "red red red red red", "red red", "red red red"]))
     assert [(batch, list(ids.shape), sizes.tolist()) for batch, ids, sizes in batches] == [
         ([1], [1, 7], [7]), ([3], [1, 5], [5]), ([2, 0], [2, 4], [4, 3])]
 

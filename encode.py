@@ -1,0 +1,662 @@
+"""Encoders: documents and queries become vectors, with and without trained weights.
+
+    {"text", "title", "image"} -> encode_docs    -> (N, D)
+    words, picture or both     -> encode_queries -> (Q, D)
+
+    lexical     words without trained weights: seeded random projections, rare words weigh more
+    pixel       pictures without trained weights: 8 x 8 mean colours, beside the lexical vector of the caption
+    directory   BERT family and XLM-RoBERTa (MiniLM, BGE, E5, BGE-M3) for text and tables, CLIP for pictures
+
+Shapes: N documents, Q queries, B batch, T tokens, H heads, D dimension of a vector, W words, V different words.
+
+Deviation from the released code: the lexical and pixel encoders are ours, since the embedded world must run without
+downloads.
+"""
+import hashlib
+import json
+import math
+import os
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+
+from model import load_picture, read_json, weight_files
+
+# ------------------------------------------------------------------------------------------------- what is encoded
+
+def utf8(text):
+    """The text without halves of surrogate pairs, which JSON may hold but no file or tokenizer takes."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def passage(doc):
+    """What is encoded and shown of a document: the title, then the words."""
+    return f"{doc['title']} {doc['text']}" if doc.get("title") else doc["text"]
+
+
+def split_query(query):
+    """A query as (text, image): a string, or a dict with "text", "image" (a path or a PIL image) or both."""
+    text, image = (query.get("text") or "", query.get("image")) if isinstance(query, dict) else (query, None)
+    if not isinstance(text, str):
+        raise ValueError(f"a query is a string or {{'text', 'image'}}, not {query!r}")
+    return utf8(text), image
+
+
+def checksum(path):
+    """{"bytes", "sha256"} of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": os.path.getsize(path), "sha256": digest.hexdigest()}
+
+
+# --------------------------------------------------------------------------------------------- encoders without weights
+
+class Encoder:
+    """Turns documents and queries into rows of one space. One's own needs name, dim and the two encode methods."""
+    name = ""  # what load_encoder takes
+    dim = 0
+    normalised = True  # rows have length one, so that their inner product is their cosine
+    ef = 200  # candidates that a search of an HNSW graph over such vectors should look at
+    options = {}  # what load_encoder takes beside the name; travels with a base
+    cut = 0  # documents and queries so far that were longer than the encoder reads
+
+    def encode_docs(self, docs):
+        """Documents (dicts with text, perhaps title and image) to rows (N, D) float32."""
+        raise NotImplementedError
+
+    def encode_queries(self, queries):
+        """Queries (strings, or dicts with text, image or both) to rows (Q, D) float32."""
+        raise NotImplementedError
+
+    def fingerprint(self):
+        """A string that differs where the vectors of the same document would (fitting aside)."""
+        return f"{self.name}-{self.dim}-v1"
+
+    def fitted(self, docs):
+        """(encoder, number of documents): the encoder after one look at the corpus. Most need none and only count."""
+        return self, sum(1 for _ in docs)
+
+    def state(self):
+        """What fitting learned, for JSON; restored(state) gives the fitted encoder back."""
+        return {}
+
+    def restored(self, state):
+        return self
+
+    def similarity(self, a, b):
+        """Inner product of two texts' vectors: their cosine, from -1 to 1, where rows are normalised."""
+        x, y = self.encode_queries([a, b])
+        return float(x @ y)
+
+
+WORD = re.compile(r"\d+|[\u3040-\u30ff\u3400-\u9fff]|[^\W\d_\u3040-\u30ff\u3400-\u9fff]+")  # Han, kana one by one
+STOP = frozenset(
+    "a an and are at be by did do does for from had has have he her his how in is it its of on or she that the their "
+    "there these they this those to was were what when where which who whom whose why with".split())
+STOP_WEIGHT = 0.3
+NGRAM_SHARE = 0.4
+
+
+def words_of(text):
+    """Words and numbers in lower case, accents and widths in one spelling."""
+    return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+@lru_cache(maxsize=16384)
+def sign_vector(key, dim):
+    """The random direction of a string: +-1/sqrt(dim) by the bits of its hash, the same on every machine.
+
+    Random signs keep angles as well as Gaussian numbers do (Achlioptas, 2003): two strings have cosine 0 +- 1/sqrt(D).
+    """
+    bits = np.unpackbits(np.frombuffer(hashlib.shake_128(key.encode()).digest(dim // 8), np.uint8))
+    return (bits.astype(np.float32) * 2 - 1) / math.sqrt(dim)  # (D,)
+
+
+@lru_cache(maxsize=65536)
+def word_vector(word, known, dim):
+    """Vector of a word: its own random direction and a light share of its letter trigrams.
+
+    A misspelt or inflected word that no document holds consists of its trigrams alone and so still finds neighbours.
+    Between two known words that share a syllable the trigrams add about 0.4^2 / 3 = 0.05 to the cosine, about what
+    chance does at 512 dimensions: exact names win.
+    """
+    edged = f"<{word}>"
+    grams = sum(sign_vector(f"#{edged[i:i + 3]}", dim) for i in range(len(edged) - 2))
+    grams = grams / max(np.linalg.norm(grams), 1e-9)
+    if not known:
+        return grams
+    return math.sqrt(1 - NGRAM_SHARE**2) * sign_vector(word, dim) + NGRAM_SHARE * grams  # (D,)
+
+
+class Lexical(Encoder):
+    """Bag of words by random projection, each word weighted by the square root of its inverse document frequency.
+
+    (With the frequency itself a rare name, and other names that chance makes similar to it, drown the word that says
+    what is asked.) The frequencies are those of the corpus the encoder was fitted on; unfitted, all but stop words
+    weigh the same; fitted once, it stays as it is. Such vectors form no slope that a graph could follow, so a search
+    must look at many candidates: meant for corpora of up to some 10,000 documents.
+    """
+    name, dim, ef = "lexical", 512, 2500
+
+    def __init__(self, state=None):
+        self.frequency = Counter((state or {}).get("frequency", {}))  # word -> number of documents that hold it
+        self.documents = (state or {}).get("documents", 0)
+
+    def fitted(self, docs):
+        frequency, count = Counter(), 0
+        for count, doc in enumerate(docs, 1):
+            frequency.update(set(words_of(passage(doc))))
+        return (self if self.documents else type(self)({"frequency": frequency, "documents": count})), count
+
+    def state(self):
+        return {"documents": self.documents, "frequency": dict(sorted(self.frequency.items()))}
+
+    def restored(self, state):
+        return type(self)(state)
+
+    def weight(self, word):
+        """The square root of 0.5 + idf; 0.3 for stop words."""
+        return STOP_WEIGHT if word in STOP else math.sqrt(0.5 + self.idf(word))
+
+    def idf(self, word):
+        """ln((N + 2) / (df + 1)): close to 0 for a word that all N documents hold, larger for rarer ones."""
+        return math.log((self.documents + 2) / (self.frequency[word] + 1))
+
+    def known(self, word):
+        """Whether the corpus holds the word; before fitting every word counts as known."""
+        return not self.documents or word in self.frequency
+
+    def encode_texts(self, texts):
+        """Texts to unit rows (N, D) float32; a text without any word becomes zeros."""
+        bags = [Counter(words_of(text)) for text in texts]
+        column = {word: i for i, word in enumerate(dict.fromkeys(word for bag in bags for word in bag))}
+        if not column:
+            return np.zeros((len(bags), Lexical.dim), np.float32)
+        table = np.stack([word_vector(word, self.known(word), Lexical.dim) for word in column])  # (V, D)
+        table *= np.array([self.weight(word) for word in column], np.float32)[:, None]
+        words = torch.tensor([column[word] for bag in bags for word in bag])  # (W,)
+        times = torch.tensor([1 + math.log(n) for bag in bags for n in bag.values()])  # (W,) repetitions count less
+        starts = torch.tensor(np.cumsum([0] + [len(bag) for bag in bags[:-1]]))  # (N,)
+        total = F.embedding_bag(words, torch.from_numpy(table), starts, mode="sum", per_sample_weights=times)
+        return F.normalize(total, dim=1).numpy()  # (N, D)
+
+    def encode_docs(self, docs):
+        return self.encode_texts([passage(doc) for doc in docs])
+
+    def encode_queries(self, queries):
+        return self.encode_texts(texts_only(queries))
+
+
+def texts_only(queries):
+    """The words of queries to a base that reads no pictures (a picture beside words is ignored)."""
+    pairs = [split_query(query) for query in queries]
+    if any(image is not None and not text.strip() for text, image in pairs):
+        raise ValueError("a picture without words was put to a base of words: give a text, or ask the base of pictures")
+    return [text for text, _ in pairs]
+
+
+class Pixel(Lexical):
+    """Pictures with captions: [colours (192) | words (512)], each part of length one where there is one."""
+    name = "pixel"
+    side = 8
+    dim = side * side * 3 + Lexical.dim
+
+    def colours(self, image):
+        """The picture's mean colours on an 8 x 8 grid, centred, of length one: (192,) float32; zeros for no picture."""
+        if image is None:
+            return np.zeros(self.side * self.side * 3, np.float32)
+        small = np.asarray(load_picture(image).resize((self.side, self.side), Image.BOX), np.float32).reshape(-1)
+        return (small - small.mean()) / max(np.linalg.norm(small - small.mean()), 1e-6)
+
+    def fuse(self, images, words):
+        """Pictures (N, each may be None) and word vectors (N, 512) to unit rows (N, D)."""
+        colours = np.array([self.colours(image) for image in images], np.float32).reshape(len(words), -1)
+        return F.normalize(torch.from_numpy(np.concatenate([colours, words], 1)), dim=1).numpy()
+
+    def encode_docs(self, docs):
+        return self.fuse([doc.get("image") for doc in docs], super().encode_docs(docs))
+
+    def encode_queries(self, queries):
+        """Queries to unit rows (Q, 704) float32.
+
+        Beside a picture the words count by the share of their idf that the captions know: "which country has this
+        flag?" holds nothing that tells one caption from another, so the picture alone decides; a name would count.
+        """
+        pairs = [split_query(query) for query in queries]
+        shares = np.array([1.0 if image is None else self.told(text) for text, image in pairs], np.float32)
+        words = self.encode_texts([text for text, _ in pairs]) * shares[:, None]  # (Q, 512)
+        return self.fuse([image for _, image in pairs], words)
+
+    def told(self, text):
+        """Share of the text's idf that lies on words of the corpus, 0 to 1; a word of every document adds nothing."""
+        idf = {word: self.idf(word) for word in set(words_of(text)) - STOP}
+        return sum(value for word, value in idf.items() if self.known(word)) / max(sum(idf.values()), 1e-9)
+
+
+# ------------------------------------------------------------------------------------------------- transformer encoders
+
+def option(default, text):
+    """A dataclass field whose help text also serves the command line."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """How an encoder with weights is used. Those that shape documents' vectors are part of its fingerprint."""
+    pooling: str = option("", "cls, mean or pooler; default: what the directory says, else cls")
+    normalise: bool = option(True, "vectors of length one; without, scores are raw inner products (needs --index flat)")
+    passage_prefix: str = option("", "put before every document, e.g. 'passage: ' for E5")
+    query_prefix: str = option("", "put before every query")
+    max_length: int = option(0, "tokens of a document; default: what the directory says")
+    query_length: int = option(0, "tokens of a query, 64 for Open-WikiTable; default: max_length")
+    query_model: str = option("", "directory of another encoder for queries (Open-WikiTable has two)")
+    markers: bool = option(False, "add Open-WikiTable's eight table markers to the tokenizer")
+    batch_tokens: int = option(0, "tokens in a batch, padding included; 0: 2048 on the CPU (its caches), 65536 on CUDA")
+
+
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+
+
+def known_value(name, value, known):
+    """The value, if it is one that this file implements."""
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}: this program knows {', '.join(map(str, known))}")
+    return value
+
+
+class Block(nn.Module):
+    """A transformer block of config `c`: BERT normalises after each residual sum, CLIP (pre) before each sub-layer."""
+
+    def __init__(self, c, eps, pre=False, causal=False):
+        super().__init__()
+        width, inner, self.heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
+        act = c.get("hidden_act", "quick_gelu" if pre else "gelu")
+        self.act, self.pre, self.causal = ACTIVATIONS[known_value("hidden_act", act, ACTIVATIONS)], pre, causal
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
+
+    def attend(self, x, mask):
+        """Self-attention of x (B, T, D)."""
+        heads = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = heads  # (B, H, T, D / H) each
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal)
+        return self.out(y.transpose(1, 2).flatten(2))  # (B, T, D)
+
+    def mlp(self, x):
+        return self.down(self.act(self.up(x)))
+
+    def forward(self, x, mask=None):
+        """x (B, T, D), mask (B, 1, 1, T) bool, True where a token may be seen, or None where all may."""
+        if self.pre:
+            x = x + self.attend(self.norm1(x), mask)
+            return x + self.mlp(self.norm2(x))
+        x = self.norm1(x + self.attend(x, mask))
+        return self.norm2(x + self.mlp(x))
+
+
+class Bert(nn.Module):
+    """BERT and XLM-RoBERTa: token, position and type embeddings, then blocks (Devlin et al., 2018)."""
+
+    def __init__(self, c, with_pooler):
+        super().__init__()
+        width, eps = c["hidden_size"], c.get("layer_norm_eps", 1e-12)
+        self.words = nn.Embedding(c["vocab_size"], width)
+        self.positions = nn.Embedding(c["max_position_embeddings"], width)
+        self.types = nn.Embedding(c.get("type_vocab_size", 2), width)
+        self.norm = nn.LayerNorm(width, eps)
+        self.blocks = nn.ModuleList(Block(c, eps) for _ in range(c["num_hidden_layers"]))
+        self.pooler = nn.Linear(width, width) if with_pooler else None
+        self.first = c.get("pad_token_id", 1) + 1 if "roberta" in c["model_type"] else 0  # position of the first token
+
+    def forward(self, ids, mask):
+        """Hidden states (B, T, D) of ids (B, T); mask (B, T) bool, True at tokens, False at the padding behind them."""
+        place = torch.arange(ids.shape[1], device=ids.device) + self.first
+        x = self.norm(self.words(ids) + self.types.weight[0] + self.positions(place))  # (B, T, D)
+        seen = None if mask.all() else mask[:, None, None]  # (B, 1, 1, T)
+        for block in self.blocks:
+            x = block(x, seen)
+        return x
+
+
+MARKERS = ("[Title]", "[Section title]", "[Caption]", "[Table name]", "[Header]", "[Rows]", "[Row]", "[sep]")  # by id
+BERT_TYPES = ("bert", "roberta", "xlm-roberta")
+BERT_NAMES = [  # published name -> ours, every rule in turn
+    (r"^(bert|roberta)\.", ""), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias"),
+    (r"^embeddings\.word_embeddings", "words"), (r"^embeddings\.position_embeddings", "positions"),
+    (r"^embeddings\.token_type_embeddings", "types"), (r"^embeddings\.LayerNorm", "norm"),
+    (r"^encoder\.layer\.", "blocks."), (r"\.attention\.self\.query", ".q"), (r"\.attention\.self\.key", ".k"),
+    (r"\.attention\.self\.value", ".v"), (r"\.attention\.output\.dense", ".out"),
+    (r"\.attention\.output\.LayerNorm", ".norm1"), (r"\.intermediate\.dense", ".up"),
+    (r"\.output\.dense", ".down"), (r"\.output\.LayerNorm", ".norm2"), (r"^pooler\.dense", "pooler")]
+BERT_UNUSED = r"^(cls|lm_head|classifier)\.|position_ids$|token_type_ids$"
+
+
+def load_weights(module, path, names, unused):
+    """Fills a module made on the meta device from safetensors; one error lists every key that does not fit."""
+    wanted, state, problems = module.state_dict(), {}, []
+    for file in weight_files(path):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():
+                    name = key
+                    for pattern, ours in names:
+                        name = re.sub(pattern, ours, name)
+                    if re.search(unused, name):
+                        continue
+                    shape = list(tensors.get_slice(key).get_shape())
+                    if name not in wanted:
+                        problems.append(f"unexpected: {key}")
+                    elif shape != list(wanted[name].shape):
+                        problems.append(f"shape {shape} instead of {list(wanted[name].shape)}: {key}")
+                    state[name] = tensors.get_tensor(key).float()
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: not a readable safetensors file ({error}); is the download complete?") from None
+    problems += [f"missing: {name}" for name in wanted if name not in state]
+    if problems:
+        raise ValueError(f"{path}: {len(problems)} weights do not fit config.json: {'; '.join(problems)}")
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def precision(device):
+    """Half precision on CUDA, single on the CPU, where half is slower."""
+    return torch.float16 if torch.device(device).type == "cuda" else torch.float32
+
+
+def usable_device(device):
+    """The device, if torch can compute on it here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # torch says the one of an unknown name, the other of a missing CUDA
+        raise ValueError(f"device {device!r} cannot be used here: give cpu, or cuda where torch finds a GPU") from None
+    return device
+
+
+def read_tokenizer(path):
+    """The directory's tokenizer.json, without the padding and truncation that may be saved in it."""
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"{file}: missing: make it with AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) once")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{file}: not a tokenizer that can be read ({error})") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def token_batches(encoder, texts):
+    """Batches of an encoder's tokens: positions in `texts` (list), ids (B, T) and lengths (B,).
+
+    The longest come first and similar lengths together, so that little is padding, which stands behind the tokens.
+    Texts that the tokenizer cut are counted in `encoder.cut`.
+    """
+    encodings = encoder.tokenizer.encode_batch(texts)
+    encoder.cut += sum(bool(encoding.overflowing) for encoding in encodings)
+    tokens = [encoding.ids for encoding in encodings]
+    order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
+    budget = encoder.settings.batch_tokens or (65536 if torch.device(encoder.device).type == "cuda" else 2048)
+    while order:
+        longest = len(tokens[order[0]])
+        size = max(budget // longest, 1)
+        batch, order = order[:size], order[size:]
+        ids = torch.tensor([tokens[i] + [0] * (longest - len(tokens[i])) for i in batch], device=encoder.device)
+        yield batch, ids, torch.tensor([len(tokens[i]) for i in batch], device=encoder.device)
+
+
+class TextModel:
+    """One directory of the BERT family: texts in, vectors out."""
+
+    def __init__(self, path, settings, device):
+        config = check_bert(read_json(Path(path) / "config.json"), path)
+        self.settings, self.device, self.dim, self.cut = settings, device, config["hidden_size"], 0
+        pooling = settings.pooling or directory_pooling(path)
+        self.pooling = known_value(f"{path}: pooling", pooling, ("cls", "mean", "pooler"))
+        with torch.device("meta"):
+            net = Bert(config, with_pooler=self.pooling == "pooler")
+        net = load_weights(net, path, BERT_NAMES, BERT_UNUSED + ("" if net.pooler else r"|^pooler\."))
+        self.net = net.to(device, precision(device)).eval()
+        self.tokenizer = read_tokenizer(path)
+        if settings.markers:
+            self.tokenizer.add_tokens(list(MARKERS))
+        if (size := self.tokenizer.get_vocab_size()) > config["vocab_size"]:
+            raise ValueError(f"{path}: the tokenizer has {size} tokens, the model {config['vocab_size']}")
+        room = config["max_position_embeddings"] - self.net.first
+        file = Path(path) / "sentence_bert_config.json"
+        said = read_json(file).get("max_seq_length") if file.is_file() else None
+        self.length = min(settings.max_length or said or room, room)
+
+    @torch.inference_mode()
+    def __call__(self, texts, length=0):
+        """Texts, cut at `length` tokens (0: what the directory says), to rows (N, D) float32."""
+        self.tokenizer.enable_truncation(min(length or self.length, self.length))
+        out = np.empty((len(texts), self.dim), np.float32)
+        for batch, ids, sizes in token_batches(self, texts):
+            mask = torch.arange(ids.shape[1], device=self.device) < sizes[:, None]  # (B, T)
+            vectors = self.pool(self.net(ids, mask), mask).float()  # (B, D)
+            out[batch] = (F.normalize(vectors, dim=1) if self.settings.normalise else vectors).cpu().numpy()
+        return out
+
+    def pool(self, hidden, mask):
+        """Hidden states (B, T, D) to one vector a text (B, D)."""
+        if self.pooling == "mean":
+            return (hidden.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+        return hidden[:, 0] if self.pooling == "cls" else torch.tanh(self.net.pooler(hidden[:, 0]))
+
+
+def check_bert(config, path):
+    """The config of a BERT-family model, if this file can run it."""
+    needed = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+              "max_position_embeddings"}
+    if absent := sorted(needed - set(config)):
+        raise ValueError(f"{path}/config.json: {', '.join(absent)} missing")
+    positions = config.get("position_embedding_type") or "absolute"
+    known_value(f"{path}/config.json: position_embedding_type", positions, ["absolute"])
+    return config
+
+
+def directory_pooling(path):
+    """What 1_Pooling/config.json says, as sentence-transformers writes it; cls where there is none."""
+    file = Path(path) / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return "cls"
+    config = read_json(file)
+    chosen = [name for name, value in config.items() if name.startswith("pooling_mode_") and value is True]
+    names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+    return "+".join(names.get(name, name) for name in chosen) or str(config.get("pooling_mode", "cls"))
+
+
+class TextEncoder(Encoder):
+    """Documents and queries through one BERT-family model, or through one each."""
+
+    def __init__(self, path, device="cpu", **options):
+        if options.get("query_model"):
+            options["query_model"] = os.path.abspath(options["query_model"])
+        self.name, self.options = os.path.abspath(path), options
+        self.settings = settings = make_settings(options)
+        self.passages = TextModel(path, settings, device)
+        asked = replace(settings, markers=False)  # the question tokenizer has no table markers
+        self.questions = TextModel(settings.query_model, asked, device) if settings.query_model else self.passages
+        self.dim, self.normalised = self.passages.dim, settings.normalise
+        if self.questions.dim != self.dim:
+            raise ValueError(f"{settings.query_model}: dimension {self.questions.dim}, {path} has {self.dim}")
+        self.print = model_print([path] + [settings.query_model] * bool(settings.query_model), self.passages.pooling,
+                                 self.passages.length, settings.normalise, settings.passage_prefix, settings.markers)
+
+    def fingerprint(self):
+        return self.print
+
+    @property
+    def cut(self):
+        return sum(model.cut for model in {self.passages, self.questions})
+
+    def encode_docs(self, docs):
+        return self.passages([self.settings.passage_prefix + passage(doc) for doc in docs])
+
+    def encode_queries(self, queries):
+        texts = [self.settings.query_prefix + text for text in texts_only(queries)]
+        return self.questions(texts, self.settings.query_length)
+
+
+def model_print(paths, *options):
+    """A hash of model directories (config, tokenizer, weights) and of the options that shape document vectors."""
+    names = ("config.json", "tokenizer.json", "preprocessor_config.json")
+    files = [file for path in paths for file in [*(Path(path) / name for name in names), *weight_files(path)]]
+    sums = [checksum(file)["sha256"] for file in files if file.is_file()]
+    return hashlib.sha256(json.dumps([sums, options]).encode()).hexdigest()[:32]
+
+
+class Tower(nn.Module):
+    """One half of CLIP (Radford et al., 2021): embeddings, blocks, norm, projection into the common space."""
+
+    def __init__(self, c, projection, picture):
+        super().__init__()
+        width, eps = c["hidden_size"], c.get("layer_norm_eps", 1e-5)
+        places = (c["image_size"] // c["patch_size"]) ** 2 + 1 if picture else c["max_position_embeddings"]
+        if picture:
+            self.patches = nn.Conv2d(3, width, c["patch_size"], c["patch_size"], bias=False)
+            self.summary = nn.Parameter(torch.empty(width))
+            self.norm0 = nn.LayerNorm(width, eps)
+        else:
+            self.words = nn.Embedding(c["vocab_size"], width)
+        self.positions = nn.Embedding(places, width)
+        self.blocks = nn.ModuleList(Block(c, eps, pre=True, causal=not picture) for _ in range(c["num_hidden_layers"]))
+        self.norm = nn.LayerNorm(width, eps)
+        self.projection = nn.Linear(width, projection, bias=False)
+
+    def embed_text(self, ids, sizes):
+        """Token ids (B, T), padded behind their sizes (B,), to (B, D): the last token's state, which has seen all."""
+        x = self.words(ids) + self.positions.weight[:ids.shape[1]]  # (B, T, width)
+        for block in self.blocks:
+            x = block(x)
+        return self.projection(self.norm(x[torch.arange(len(x)), sizes - 1]))
+
+    def embed_pictures(self, pixels):
+        """Pixels (B, 3, side, side) to (B, D): the state of the summary vector before the patches."""
+        x = self.patches(pixels).flatten(2).transpose(1, 2)  # (B, patches, width)
+        x = torch.cat([self.summary.expand(len(x), 1, -1), x], 1) + self.positions.weight  # (B, 1 + patches, width)
+        x = self.norm0(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.projection(self.norm(x[:, 0]))
+
+
+CLIP_NAMES = [
+    (r"^(text|vision)_model\.", r"\1."), (r"^text_projection", "text.projection"),
+    (r"^visual_projection", "vision.projection"), (r"\.embeddings\.token_embedding", ".words"),
+    (r"\.embeddings\.position_embedding", ".positions"),
+    (r"\.embeddings\.patch_embedding", ".patches"), (r"\.embeddings\.class_embedding", ".summary"),
+    (r"\.encoder\.layers\.", ".blocks."), (r"\.self_attn\.(q|k|v)_proj", r".\1"), (r"\.self_attn\.out_proj", ".out"),
+    (r"\.layer_norm(\d)", r".norm\1"), (r"\.mlp\.fc1", ".up"), (r"\.mlp\.fc2", ".down"),
+    (r"\.pre_layrnorm", ".norm0"), (r"\.(final|post)_layer_?norm", ".norm")]
+CLIP_UNUSED = r"^logit_scale$|position_ids$"
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_TEXT = dict(vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
+                 max_position_embeddings=77)  # what a published config.json may leave out
+CLIP_VISION = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                   image_size=224, patch_size=32)
+
+
+class ClipEncoder(Encoder):
+    """Words and pictures in one space; what has both gets the sum of the two vectors (UniIR's score fusion, 2023)."""
+
+    def __init__(self, path, device="cpu", **options):
+        config = read_json(Path(path) / "config.json")
+        text, vision = ({**defaults, **config.get(f"{name}_config", {})}
+                        for name, defaults in (("text", CLIP_TEXT), ("vision", CLIP_VISION)))
+        self.name, self.options, self.device, self.cut = os.path.abspath(path), options, device, 0
+        self.settings, self.dim = make_settings(options), config.get("projection_dim", 512)
+        with torch.device("meta"):
+            towers = nn.ModuleDict({"text": Tower(text, self.dim, picture=False),
+                                    "vision": Tower(vision, self.dim, picture=True)})
+        self.towers = load_weights(towers, path, CLIP_NAMES, CLIP_UNUSED).to(device, precision(device)).eval()
+        self.tokenizer = read_tokenizer(path)
+        self.tokenizer.enable_truncation(text["max_position_embeddings"])
+        file = Path(path) / "preprocessor_config.json"
+        said = read_json(file) if file.is_file() else {}
+        edge, crop = (said.get(name, vision["image_size"]) for name in ("size", "crop_size"))
+        self.edge = edge.get("shortest_edge", edge.get("height")) if isinstance(edge, dict) else edge
+        self.crop = crop["height"] if isinstance(crop, dict) else crop
+        self.resample = said.get("resample", Image.BICUBIC)
+        self.mean = np.array(said.get("image_mean", CLIP_MEAN), np.float32)
+        self.std = np.array(said.get("image_std", CLIP_STD), np.float32)
+        self.print = model_print([path], self.settings.passage_prefix)
+
+    def fingerprint(self):
+        return self.print
+
+    def pixels(self, image):
+        """A picture for the network: shorter edge resized, middle cut out, normalised: (3, side, side) float32."""
+        image = load_picture(image)
+        short, long = sorted(image.size)
+        size = [self.edge if n == short else int(self.edge * long / short) for n in image.size]
+        image = image.resize(size, self.resample)
+        left, top = (image.width - self.crop) // 2, (image.height - self.crop) // 2
+        image = image.crop((left, top, left + self.crop, top + self.crop))
+        return ((np.asarray(image, np.float32) / 255 - self.mean) / self.std).transpose(2, 0, 1)
+
+    @torch.inference_mode()
+    def encode_pairs(self, texts, images):
+        """Texts (N, "" for none) and pictures (N, None for none) to unit rows (N, D) float32."""
+        total = np.zeros((len(texts), self.dim), np.float32)
+        worded = [i for i, text in enumerate(texts) if text.strip()]
+        for batch, ids, sizes in token_batches(self, [texts[i] for i in worded]):
+            total[[worded[i] for i in batch]] += self.towers["text"].embed_text(ids, sizes).float().cpu().numpy()
+        pictured = [i for i, image in enumerate(images) if image is not None]
+        for start in range(0, len(pictured), 32):
+            batch = pictured[start:start + 32]
+            pixels = torch.from_numpy(np.stack([self.pixels(images[i]) for i in batch]))  # (B, 3, side, side)
+            pixels = pixels.to(self.device, precision(self.device))
+            total[batch] += self.towers["vision"].embed_pictures(pixels).float().cpu().numpy()
+        return F.normalize(torch.from_numpy(total), dim=1).numpy()
+
+    def encode_docs(self, docs):
+        texts = [passage(doc) and self.settings.passage_prefix + passage(doc) for doc in docs]
+        return self.encode_pairs(texts, [doc.get("image") for doc in docs])
+
+    def encode_queries(self, queries):
+        pairs = [split_query(query) for query in queries]
+        texts = [text and self.settings.query_prefix + text for text, _ in pairs]
+        return self.encode_pairs(texts, [image for _, image in pairs])
+
+
+def make_settings(options):
+    """EncoderOptions from keyword arguments."""
+    for name in options:
+        known_value("encoder option", name, [f.name for f in fields(EncoderOptions)])
+    return EncoderOptions(**options)
+
+
+WEIGHT_FREE = {"lexical": Lexical, "pixel": Pixel}
+
+
+def load_encoder(path_or_name, device="cpu", **options):
+    """An encoder: "lexical", "pixel", or a Hugging Face directory of the BERT family, XLM-RoBERTa or CLIP.
+
+    options are the fields of EncoderOptions, for directories only.
+    """
+    name = str(path_or_name)
+    if name in WEIGHT_FREE:
+        if options:
+            raise ValueError(f"encoder {name!r} takes no options, got {', '.join(sorted(options))}")
+        return WEIGHT_FREE[name]()
+    if not (Path(name) / "config.json").is_file():
+        raise ValueError(f"unknown encoder {name!r}: give {', '.join(WEIGHT_FREE)} or a directory with config.json")
+    kind = read_json(Path(name) / "config.json").get("model_type")
+    known_value(f"{name}: model_type", kind, (*BERT_TYPES, "clip"))
+    return (ClipEncoder if kind == "clip" else TextEncoder)(name, usable_device(device), **options)
