@@ -18,7 +18,7 @@ test: .venv/ready-dev
 
 train: .venv/ready data/test/questions.jsonl
 	$(RUN) infer.py --model weights/tiny-warm --world data/test --threads 1
-	$(RUN) train.py grpo --steps 1000 --minutes 3 --threads 1 --seed $(SEED) --out runs/step-grpo
+	$(RUN) train.py grpo --follow best --steps 1000 --minutes 3 --threads 1 --seed $(SEED) --out runs/step-grpo
 	$(RUN) infer.py --model runs/step-grpo/best --world data/test --threads 1
 
 .venv/ready: requirements.txt

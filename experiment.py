@@ -83,6 +83,7 @@ ABLATION = {
     "gold history (offline)": ("--mode", "offline", "--data", "TRAIN/steps.jsonl"),
     "sampled once an update": ("--tries", 1),
     "exact match with gold hops": ("--match", 0.999),
+    "a random candidate is followed": ("--follow", "random"),
 }
 PIPELINES = ("router", "oracle", "static", "text", "image", "table", "direct")
 
@@ -154,7 +155,7 @@ def rejection(job, scale):
 
 def training(job, scale, out, model="weights/tiny-warm", parts=1):
     """Options of a training that takes one of `parts` equal parts of a job's time."""
-    flags = scale.flags if job.kind == "grpo" else ()
+    flags = ("--follow", "best", *scale.flags) if job.kind == "grpo" else ()
     world = ("--world", f"data/{scale.name}/train") if job.kind == "grpo" and "offline" not in job.flags else ()
     return ("--model", model, "--seed", job.seed, "--threads", 1, "--clock", "cpu", "--steps", scale.steps,
             "--minutes", job.minutes / parts, "--val-every", scale.val_every * (1 if job.kind == "grpo" else 10),

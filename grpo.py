@@ -90,7 +90,8 @@ def answer_reward(answer, gold, rule="published"):
     golds = gold if isinstance(gold, list) else [gold]
     precision, recall, f1 = answer_scores(answer, golds)
     if rule == "published":
-        return recall if len(golds) == 1 and len(golds[0].split()) > 5 else float(recall == 1)
+        long = len(golds) == 1 and isinstance(golds[0], str) and len(golds[0].split()) > 5
+        return recall if long else float(recall == 1)
     if rule == "exact":
         return float(precision == recall == 1)
     return {"recall": recall, "f1": f1}[rule]
@@ -103,7 +104,7 @@ def step_reward(output, step, similarity, options=RewardOptions()):
     asked only where both are sub-questions. Returns a Reward; a malformed output has total 0.
 
         Eq. 1   r_ret = 0.5 * sim(query, gold query) + 0.5 * [base = gold base]
-                "none" is similar to "none" and to nothing else
+                "none" is similar to "none" and to nothing else; a price comes off, down to 0
         Eq. 2   r_ans = recall, or [recall = 1] for short golds
     """
     if step["step_type"] == "ans":
@@ -121,7 +122,7 @@ def step_reward(output, step, similarity, options=RewardOptions()):
     sim = float(nothing == gold_nothing) if nothing or gold_nothing else float(similarity(query, gold_query))
     route = float(base == gold_base)
     price = 0.0 if nothing else options.price
-    total = options.similarity_weight * sim + options.route_weight * route - price
+    total = max(0.0, options.similarity_weight * sim + options.route_weight * route - price)
     return Reward(total, 1.0, similarity=sim, route=route, price=price)
 
 
@@ -135,7 +136,9 @@ def similarity_table(outputs, steps, encode, form="published"):
     if not texts:
         return lambda query, gold: 0.0
     vectors = dict(zip(texts, torch.as_tensor(encode(texts))))
-    return lambda query, gold: max(0.0, float(vectors[query] @ vectors[gold]))
+    # a cosine below 0 pays 0; rounded, since texts of the same words in another order would differ in the last bit, and
+    # a group is mixed where rewards differ at all
+    return lambda query, gold: max(0.0, round(float(vectors[query] @ vectors[gold]), 6))
 
 
 # -------------------------------------------------------------------------------------------------- advantages and loss

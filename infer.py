@@ -618,6 +618,9 @@ def picture_of(row, folder, images):
     A file from outside must not show the model any other picture of this machine: links and `..` followed, the picture
     lies in `images`, or where that is not given in the file's `folder`.
     """
+    name = row.get("image", row.get("image_id"))
+    if not str(name).isprintable():
+        raise ValueError(f"picture {name!r}: no name of a file")
     if row.get("image") is not None:
         path = Path(images or folder) / str(row["image"])
     elif row.get("image_id") is None:
@@ -715,8 +718,13 @@ def appending(path):
     try:
         with open(path, "a", encoding="utf-8") as out:
             hold(out, path)
+            whole = os.path.getsize(path)
             try:
                 yield out
+            except OSError:
+                if os.path.getsize(path) > whole:  # the last row may have been written in part
+                    os.truncate(path, Path(path).read_bytes().rfind(b"\n") + 1)
+                raise
             finally:
                 if not os.path.getsize(path):
                     os.unlink(path)

@@ -548,6 +548,7 @@ def pick(logits, temperature, top_k, top_p, noise):
         below = kept.cumsum(-1)                          # inverse of the distribution function: one random number a row
         u = noise[:, None].clamp(max=1 - 1e-6) * below[:, -1:]
         tokens = torch.searchsorted(below, u, right=True)[:, 0]
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # where logits are no numbers, neither is the log-probability
     return tokens, probs.gather(1, tokens[:, None])[:, 0].log()
 
 
@@ -822,7 +823,8 @@ class VLM(nn.Module):
         """log p(target) of M tokens, the head applied in chunks: hidden (M, C), targets (M,) -> (M,) float32.
 
         Where one chunk is not enough, its logits are computed again in the backward pass, so at most `chunk_elements`
-        logits live at once. With entropy=True also the entropy (M,) of each distribution.
+        logits live at once. With entropy=True also the entropy (M,) of each distribution, with entropy="grad" with
+        gradient, which costs another copy of the logits.
         """
         def of_chunk(h, y):
             logits = self.head(h).float() / temperature                                   # (m, V)
@@ -830,7 +832,8 @@ class VLM(nn.Module):
             logp = logits.gather(1, y[:, None])[:, 0] - norm
             if not entropy:
                 return logp, logp.detach()
-            return logp, norm - (logits * (logits - norm[:, None]).exp()).sum(-1)         # H = log Z - E[logit]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and entropy == "grad"):
+                return logp, norm - (logits * (logits - norm[:, None]).exp()).sum(-1)     # H = log Z - E[logit]
 
         m = max(1, chunk_elements // self.config.vocab_size)
         if len(hidden) <= m:
@@ -862,10 +865,9 @@ class VLM(nn.Module):
         gradient.
 
         tokens, mask (N * n, L) as `generate` returns them (a row's tokens stand at its beginning); input_ids (N, P)
-        left-padded prompts. A prompt and its
-        responses are one row [prompt | y1 | ... | yn]: each response has the positions that follow the prompt, and sees
-        the prompt and itself only.
-        Returns (N * n, L) float32, 0 outside the mask; with entropy=True also the entropies (N * n, L).
+        left-padded prompts. A prompt and its responses are one row [prompt | y1 | ... | yn]: each response has the
+        positions that follow the prompt, and sees the prompt and itself only.
+        Returns (N * n, L) float32, 0 outside the mask; with entropy also the entropies (N * n, L), as token_log_probs.
         """
         N, P = input_ids.shape
         n, L, device = len(tokens) // N, tokens.shape[1], input_ids.device

@@ -10,7 +10,6 @@ with.
 import csv
 import io
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -85,7 +84,8 @@ def _in_range(token, low, high):
         return False
     width = high - low
     step = 1 if width >= 50 else 0.1 if width >= 5 else 0.01 if width >= 1 else 0.001
-    for value in (float(token), -float(token)):
+    number = float(token)
+    for value in (number, -number) if number < 1e300 else ():
         i = round((value - low) / step)
         on_grid = 0 <= i <= int(width / step) and str(round(low + i * step, 3)).lstrip("-") == token
         if on_grid or int(low) <= value <= int(high) and str(int(value)).lstrip("-") == token:
@@ -143,7 +143,7 @@ def golds_of(row):
     for gold in golds:
         ends = gold.get("range") if isinstance(gold, dict) else None
         is_range = isinstance(ends, list) and len(ends) == 2 and all(
-            isinstance(end, (int, float)) and math.isfinite(end) for end in ends)
+            isinstance(end, (int, float)) and -1e300 < end < 1e300 for end in ends)
         if not is_range and not isinstance(gold, (str, int, float)):
             raise ValueError(f"gold answer {gold!r}: expected 'answer' or 'answer_eval' with a string, a list of "
                              "strings, or {'range': [low, high]}")
@@ -194,7 +194,7 @@ def score_row(row):
             score |= {name: float(cost[name]) for name in ("retrievals", "model_calls", "malformed", "too_long")}
             score |= {"tokens": read + written, "tokens_read": read, "tokens_written": written,
                       "seconds": model + search, "seconds_model": model, "seconds_search": search}
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise ValueError(f"plans or cost are not those of a result row ({type(error).__name__}: {error})") from None
     return score
 

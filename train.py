@@ -53,7 +53,7 @@ from infer import (MAX_ROW, Candidate, OneLineParser, Router, Search, embedded_w
 from model import (VLM, Processor, add_lora, inside, load_adapter, lora_disabled, merge_lora, read_json, save_adapter,
                    write_json)
 from score import answer_scores, golds_of, write_whole
-from steps import BASES, IMAGE, RouteStep, conversation, parse_step
+from steps import BASE_OF, BASES, IMAGE, RouteStep, conversation, parse_step
 
 
 # -------------------------------------------------------------------------------------------------------------- options
@@ -76,8 +76,8 @@ class Options:
     warmup: int = option(10, "updates over which the learning rate rises to its peak")
     decay: float = option(0.5, "share of the run, at its end, over which the rate falls to a tenth; 0 keeps it", most=1)
     weight_decay: float = option(0.01, "AdamW's decay of matrices (not of norms and biases)")
-    beta1: float = option(0.9, "AdamW's memory of the gradient")
-    beta2: float = option(0.98, "AdamW's memory of the squared gradient")
+    beta1: float = option(0.9, "AdamW's memory of the gradient", most=0.999999)
+    beta2: float = option(0.98, "AdamW's memory of the squared gradient", most=0.999999)
     clip_norm: float = option(1.0, "largest norm of the gradient; 0 does not clip")
     device: str = option("cpu", "where to train: cpu, cuda, cuda:1 ...; under torchrun cpu or cuda (a GPU each)")
     dtype: str = option("float32", "type of the weights in a pass; the optimizer works in float32 in any case",
@@ -159,6 +159,13 @@ class StepExample:
         return step_output(self.as_published())
 
 
+def gold_base(answer):
+    """The base of a routing step's gold answer, "none" included; None where it names none that is known."""
+    named = answer.get("retriever") if isinstance(answer, dict) else None
+    name = named[0].strip().lower() if isinstance(named, list) and named and isinstance(named[0], str) else None
+    return name if name in (*BASE_OF, "none") else None
+
+
 def read_steps(path):
     """Read a step file into a list of trajectories, each a list of StepExample. ValueError names file and line of a row
     that does not fit, or that shows a picture of this machine from outside the file's folder."""
@@ -172,24 +179,29 @@ def read_steps(path):
             continue
         try:
             if len(line) > MAX_ROW:
-                raise KeyError(f"a row of {len(line)} characters, {MAX_ROW} at most")
+                raise ValueError(f"a row of {len(line)} characters: {MAX_ROW} at most")
             row = json.loads(line)
+            if not isinstance(row.get("images") or [], list):
+                raise TypeError("images is no list")
             images = tuple(str(path.parent / i) for i in row.get("images") or ())
             # published files name their authors' paths, which nobody else has: such rows are counted and left out
             if outside := [i for i in images if os.path.exists(i) and not inside(i, path.parent)]:
-                raise KeyError(f"picture {outside[0]} lies outside the file's folder: move or link the pictures there")
+                raise ValueError(f"picture {outside[0]} leads out of the file's folder: put it, or a hard link, there")
             steps = [StepExample(s["step_type"], s["system"], s["problem"], s["answer"], s.get("thought", ""), images)
                      for s in row["steps"]]
-            fits = lambda s: s.kind in ("ret", "ans") and (s.kind == "ret") == isinstance(s.answer, dict) and s.answer
+            fits = lambda s: (s.kind == "ret" and gold_base(s.answer) is not None or
+                              s.kind == "ans" and bool(s.answer) and not isinstance(s.answer, dict))
             bad = [s for s in steps if not fits(s)]
             if bad or not steps:
                 raise KeyError(f"step_type {bad[0].kind!r} with answer {str(bad[0].answer)[:60]!r}" if bad else "steps")
             if not all(isinstance(text, str) for s in steps for text in (s.target(), s.problem, s.system, s.thought)):
                 raise TypeError("a problem, system prompt or thought that is no text")
             rows.append(steps)
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError) as e:
+        except (json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError, IndexError) as e:
             raise ValueError(f"{path}, line {number}: expected {{\"images\", \"steps\": [{{\"step_type\": ret|ans, "
                              f"\"problem\", \"system\", \"answer\"}}]}} ({type(e).__name__}: {e})") from None
+        except ValueError as e:
+            raise ValueError(f"{path}, line {number}: {e}") from None
     if not rows:
         raise ValueError(f"{path}: no rows")
     return rows
@@ -453,6 +465,8 @@ class Run:
         if not os.path.lexists(last):
             for name in LOGS if not rank() else ():
                 (self.path / name).unlink(missing_ok=True)
+            for stale in self.path.glob("checkpoint-*") if not rank() else ():           # of a run that was killed
+                shutil.rmtree(stale)
             return {}
         asked, was = asdict(self.o), read_json(self.path / "options.json")
         free = ("out", "steps", "minutes", "save_every", "log_every", "threads")
@@ -562,13 +576,15 @@ class Run:
     def validate(self, step):
         """Answer the validation world's questions greedily through the router. Returns whether this is the best score
         so far."""
+        before = self.now()
         with first_rank_first():
             world = self.o.val_world or embedded_world("val", "val", 0, 260)
             bases = world_bases(world)
         rows, _ = load_questions(Path(world) / "questions.jsonl", limit=self.o.val_questions)
-        before = self.now()
+        as_trained = ("k", "max_steps", "max_new_tokens", "call_tokens")
         with self.whole():
-            router = RankRouter(self.plain, self.processor, bases, prompts=self.prompts, max_new_tokens=64)
+            router = RankRouter(self.plain, self.processor, bases, prompts=self.prompts,
+                                **{name: getattr(self.o, name) for name in as_trained if hasattr(self.o, name)})
             scores = evaluate(router.run(rows))
         self.started += self.now() - before                             # validation is not training time
         self.log({"step": step, "validation": scores})
@@ -760,10 +776,11 @@ class GrpoOptions(Options):
     encoder: str = option("lexical", "offline: the encoder that measures similarity; online takes the text base's")
     prompts: int = option(32, "step prompts an update (offline, online)", least=1)
     questions: int = option(8, "questions an update (outcome)", least=1)
-    group: int = option(8, "samples of a prompt: the group G", least=1)
+    group: int = option(8, "samples of a prompt: the group G", least=2)
     temperature: float = option(1.0, "of sampling, and of the log-probabilities in the loss", least=0.01)
     max_new_tokens: int = option(64, "longest output", least=1)
-    call_tokens: int = option(65536, "token budget of a model call in sampling: prompts, and room for all outputs", least=1)
+    call_tokens: int = option(65536, "token budget of a model call in sampling: prompts, and room for all outputs",
+                              least=1)
     balance: bool = option(True, "draw step prompts evenly over their gold route (offline, online), questions over "
                            "their routes (outcome)")
     answer_share: float = option(0.25, "share of answering steps among the prompts, where they are balanced", most=1)
@@ -781,11 +798,12 @@ class GrpoOptions(Options):
     price: float = option(0.0, "taken off the reward for each retrieval asked for")
     scale: bool = option(True, "divide advantages by the group's standard deviation")
     clip: float = option(0.2, "the ratio is clipped below 1 - clip")
-    clip_high: float = option(0.2, "the ratio is clipped above 1 + clip_high")
+    clip_high: float = option(0.0, "the ratio is clipped above 1 + clip_high; 0: as --clip")
     kl_coef: float = option(0.0, "weight of the KL term; 0 computes no reference")
     entropy_coef: float = option(0.0, "bonus for entropy on the tokens between the ret tags")
     level: str = option("token", "mean over all tokens, or over outputs", choices=("token", "sequence"))
-    fill: int = option(8, "sample until this many groups of an update are mixed ...")
+    fill: int = option(8, "sample until this many groups of an update teach something (outcome mode has a "
+                       "group for each prompt, and hardly ever samples twice) ...")
     tries: int = option(4, "... but at most this many times; 1 samples once", least=1)
     updates: int = option(1, "passes over a batch of samples; above 1 the clip matters", least=1)
     tokens: int = option(2048, "token budget of a micro-batch of the update: prompts and outputs", least=1)
@@ -797,13 +815,14 @@ class GrpoOptions(Options):
 
 @dataclass
 class Group:
-    """G outputs of one prompt, what each earned, and where they belong."""
+    """G outputs of one prompt, what each earned, and where they belong. In outcome mode: those outputs of a question's
+    G trajectories that answered the same prompt, each with the reward and advantage of its trajectory."""
     conversation: list
     prompt_ids: tuple
     candidates: tuple
     rewards: list                       # of floats
     parts: list                         # of grpo.Reward, for the log
-    label: str                          # gold route or "answer": what the log and the balance go by
+    label: str                          # gold route, "answer" or "outcome": what the log and the balance go by
     golds: list                         # what would be right: answers, {"query", "retriever"} of routing steps
     advantages: torch.Tensor | None = None
 
@@ -819,7 +838,8 @@ class Group:
 
     @property
     def teaches(self):
-        """Whether an update can learn from it: where all advantages are 0, the gradient is, too."""
+        """Whether an update can learn from it: where all advantages are 0, the gradient of Eq. 5 is, too. Other groups
+        are left out of the update, with their KL and entropy terms."""
         return bool(self.advantages.any())
 
     @property
@@ -860,11 +880,14 @@ class Interest:
         return sorted(items, key=lambda x: rng.random() ** (1 / max(1e-6, self.weight(key(x)))), reverse=True)[:count]
 
 
-def quotas(o, labels):
-    """How many prompts of each label an update gets: the routes evenly, answers their share. labels: those present."""
-    routes = [x for x in labels if x != "answer"]
+def quotas(o, labels, rng):
+    """How many prompts of each label an update gets: the routes evenly, the rest of the division to some of them,
+    answers their share. labels: those present."""
+    routes = sorted(x for x in labels if x != "answer")
     answers = round(o.prompts * o.answer_share) if "answer" in labels else 0
-    return {**{r: (o.prompts - answers) // len(routes) for r in routes}, **({"answer": answers} if answers else {})}
+    each, rest = divmod(o.prompts - answers, max(1, len(routes)))
+    rng.shuffle(routes)
+    return {"answer": answers, **{r: each + (i < rest) for i, r in enumerate(routes)}}
 
 
 def balanced(o, items, label, key, interest, rng):
@@ -880,7 +903,8 @@ def balanced(o, items, label, key, interest, rng):
     by = {}
     for x in items:
         by.setdefault(label(x), []).append(x)
-    chosen = [x for name, count in quotas(o, by).items() for x in interest.choose(by[name], count, key, rng)]
+    chosen = [x for name, count in quotas(o, by, rng).items()
+              for x in interest.choose(by.get(name, []), count, key, rng)]
     taken = set(map(id, chosen))
     return chosen + interest.choose([x for x in items if id(x) not in taken], o.prompts - len(chosen), key, rng)
 
@@ -891,12 +915,13 @@ class Offline:
     def __init__(self, o, run, router, rows):
         self.o, self.run, self.router = o, run, router
         self.steps = [step for row in rows for step in row]
+        self.place = {id(s): str(i) for i, s in enumerate(self.steps)}
         queries = [s.answer["query"] for s in self.steps if s.kind == "ret"]
         self.encoder, _ = load_encoder(o.encoder).fitted([{"text": q} for q in queries])
         self.interest = Interest(o.rest, run.state.setdefault("interest", {}))
 
     def sample(self, rng):
-        o, place = self.o, {id(s): str(i) for i, s in enumerate(self.steps)}
+        o, place = self.o, self.place
         chosen = balanced(o, self.steps, gold_label, lambda s: place[id(s)], self.interest, rng)
         outputs = self.router.sample([s.conversation() for s in chosen], self.run.generator, o.group)
         before, groups = self.run.now(), []
@@ -924,7 +949,7 @@ def offline_rows(o):
 
 def gold_label(step):
     """"answer", or the gold route of a routing step."""
-    return "answer" if step.kind == "ans" else step.answer["retriever"][0].strip().lower()
+    return "answer" if step.kind == "ans" else gold_base(step.answer)
 
 
 def clean_rows(rows, drop):
@@ -947,8 +972,9 @@ def clean_rows(rows, drop):
     return kept, {name: sum(f[name] for f in found) for name in ("no_picture", "repeats", "no_information")}
 
 
-NO_INFORMATION = re.compile(r"\b(no|not|does not|doesn't|cannot|can't) (provide|contain|mention|enough|sufficient|"
-                            r"specific|relevant|direct|be determined|information)", re.I)
+NO_INFORMATION = re.compile(r"\b(no|not|does not|doesn't|cannot|can't) (\w+ly )?(provide|contain|mention|"
+                            r"include|specify|state|specified|provided|mentioned|available|enough|sufficient|specific|"
+                            r"relevant|direct|be determined|information)", re.I)
 
 
 def score(o, asked, encoder):
@@ -959,6 +985,11 @@ def score(o, asked, encoder):
     similarity = similarity_table([t for t, _ in pairs], [g for _, g in pairs], encoder.encode_queries, o.form)
     nearest = lambda rewards: max(rewards, key=lambda r: (r.similarity or 0.0, r.total))
     return [nearest([step_reward(c.text, gold, similarity, options) for gold in golds]) for c, golds in asked]
+
+
+def base_of(hop):
+    """The gold base of a hop as labels have it: "text retriever", ..."""
+    return hop["retriever"].strip().lower()
 
 
 def nearest_hops(o, asked, encoder):
@@ -988,7 +1019,7 @@ class Live:
     def golds(self):
         """The gold steps that would be right now, as a published file has them; [] where nothing can be judged."""
         if self.request.kind == "final":
-            return [{"step_type": "ans", "answer": self.row["answer"]}]
+            return [{"step_type": "ans", "answer": golds_of(self.row)}]
         if self.request.kind == "answer":
             return [{"step_type": "ans", "answer": self.asked["answer"]}] if self.asked else []
         hops = self.open or [{"query": "none", "retriever": "none"}]
@@ -997,7 +1028,7 @@ class Live:
     def label(self):
         if self.request.kind != "route":
             return "answer"
-        return self.open[0]["retriever"] if self.open else "none"
+        return base_of(self.open[0]) if self.open else "none"
 
     def key(self):
         return f"{self.row.get('kind')} {self.request.kind} {len(self.open)}"
@@ -1031,7 +1062,7 @@ class Online:
         self.interest = Interest(o.rest, run.state.setdefault("interest", {}))
         self.by_first = {}
         for i, row in enumerate(self.rows):
-            self.by_first.setdefault(row["hops"][0]["retriever"] if row["hops"] else "none", []).append(i)
+            self.by_first.setdefault(base_of(row["hops"][0]) if row["hops"] else "none", []).append(i)
         self.serial = 0
         self.live = [self.replay(number, said) for number, said in run.state.get("live", [])]
 
@@ -1065,12 +1096,12 @@ class Online:
         taken = set(map(id, chosen))
         # answers that were not drawn are read on with one sample, without training
         passed = [x for x in self.live if id(x) not in taken and x.request.kind != "route"]
-        self.reward_s = 0.0
+        self.reward_s, self.read_on = 0.0, 0
         groups = self.advance(chosen, o.group, rng) + self.advance(passed, 1, rng)
         self.router.search([x.q for x in self.live if isinstance(x.request, Search)])
         self.live = [x for x in self.live if x.request is not None]
         self.run.state["live"] = [(x.number, x.said) for x in self.live]
-        return groups, {"too_long": len(chosen) - len(groups), "reward_s": self.reward_s}
+        return groups, {"too_long": len(chosen) - len(groups), "reward_s": self.reward_s, "read_on": self.read_on}
 
     def advance(self, states, n, rng):
         """Sample n candidates for each state, score them, follow one. Returns the groups where n > 1."""
@@ -1086,6 +1117,8 @@ class Online:
             if o.follow == "best" and parts:
                 chosen = max(range(len(parts)), key=lambda i: parts[i].total)
             step = self.router.step(x.q, ids, candidates, chosen)
+            if n == 1:
+                self.read_on += sum(len(c.token_ids) for c in candidates)
             if parts:
                 rewards = [p.total for p in parts]
                 golds = [gold["answer"] for gold in x.golds()]
@@ -1102,15 +1135,17 @@ class Outcome:
 
     def __init__(self, o, run, router, rows):
         self.o, self.run, self.router, self.rows = o, run, router, rows
+        self.interest = Interest(o.rest, run.state.setdefault("interest", {}))
         self.by_routes = {}
         for row in self.rows:
-            self.by_routes.setdefault(" ".join(h["retriever"] for h in row["hops"]), []).append(row)
+            self.by_routes.setdefault(" ".join(base_of(h) for h in row["hops"]), []).append(row)
 
     def sample(self, rng):
         o = self.o
         pools = [self.by_routes[rng.choice(sorted(self.by_routes))] if o.balance else self.rows
                  for _ in range(o.questions)]
-        rows = [rng.choice(pool) for pool in pools]
+        kind = lambda row: str(row.get("kind"))
+        rows = [self.interest.choose(rng.sample(pool, min(4, len(pool))), 1, kind, rng)[0] for pool in pools]
         done = self.router.run([row for row in rows for _ in range(o.group)], generator=self.run.generator)
         before = self.run.now()
         rewards = [0.0 if t.malformed else answer_scores(t.answer, golds_of(t.row))[1] for t in done]
@@ -1120,6 +1155,7 @@ class Outcome:
         groups = []
         for i in range(0, len(done), o.group):
             groups += self.by_prompt(done[i:i + o.group], rewards[i:], advantages[i:].tolist())
+            self.interest.learn(kind(done[i].row), min(rewards[i:i + o.group]) == 1)
         mean = lambda values: sum(values) / len(done)
         return groups, {"reward": mean(rewards), "retrievals": mean(t.retrievals for t in done),
                         "malformed": mean(t.malformed > 0 for t in done), "too_long": sum(t.too_long for t in done),
@@ -1158,7 +1194,7 @@ def route_tokens(processor, candidate):
     start, end = text.find("<ret>"), text.find("</ret>")
     place, inside = 0, []
     for piece in pieces:
-        inside.append(start + len("<ret>") <= place < end)
+        inside.append(0 <= start and start + len("<ret>") <= place < end)
         place += len(piece)
     return inside
 
@@ -1200,21 +1236,23 @@ def accumulate(o, model, reference, processor, groups):
         mine = i < len(shares[rank()])
         part = shares[rank()][i] if mine else groups[:1]
         inputs, old, advantages, route = pack(processor, part, o.device, o.entropy_coef > 0)
-        logp, entropy = model.group_log_probs(**inputs, temperature=o.temperature, entropy=True)
+        logp, entropy = model.group_log_probs(**inputs, temperature=o.temperature,
+                                              entropy="grad" if o.entropy_coef else True)
         ref = None
         if o.kl_coef:
             with torch.no_grad(), reference(model) as ref_model:
                 ref = ref_model.group_log_probs(**inputs, temperature=o.temperature)
         loss, metrics = grpo_loss(logp, old, advantages, inputs["mask"], ref_logp=ref, clip=o.clip,
-                                  clip_high=o.clip_high, kl_coef=o.kl_coef, level=o.level, normalizer=total)
+                                  clip_high=o.clip_high or None, kl_coef=o.kl_coef, level=o.level, normalizer=total)
         if o.entropy_coef:
             loss = loss - o.entropy_coef * (entropy * route).sum() / total
         (loss * (ranks() * mine)).backward()                              # FSDP takes the mean over ranks
         if not mine:
             continue
         share = int(inputs["mask"].sum())
-        sums.update({"loss": loss.item(), "kl": metrics.get("kl", 0.0), "entropy": entropy.sum().item(),
-                     "tokens": share, "clip_fraction": metrics["clip_fraction"] * share})
+        measured = {"kl": metrics["kl"]} if o.kl_coef else {}
+        sums.update({"loss": loss.item(), **measured, "entropy": entropy.sum().item(), "tokens": share,
+                     "clip_fraction": metrics["clip_fraction"] * share})
         ratios += metrics["ratio_min"], metrics["ratio_max"]
     every = gather((sums, ratios))
     sums, ratios = Counter(), [r for _, some in every for r in some]
@@ -1226,14 +1264,14 @@ def accumulate(o, model, reference, processor, groups):
 
 
 def reward_metrics(groups):
-    """Means of the rewards and of their parts, the share of groups without variance, and by gold route X: the share of
-    right outputs (route:X), of X among all that routing steps ask for (asked:X), of the routing prompts (prompts:X),
-    and of the groups that are mixed (mixed:X)."""
+    """Means of the rewards and of their parts, the share of groups that the update leaves out, and by gold route X: the
+    share of right outputs (route:X), of X among all that routing steps ask for (asked:X), of the routing prompts
+    (prompts:X), and of the groups that are mixed (mixed:X)."""
     parts = [p for g in groups for p in g.parts]
     mean = lambda values: sum(values) / len(values) if values else None
     named = {name: mean([getattr(p, name) for p in parts if getattr(p, name) is not None])
              for name in ("form", "similarity", "route", "answer")}
-    out = {"reward": mean([p.total for p in parts]), **named, "flat_groups": mean([float(not g.mixed) for g in groups])}
+    out = {"reward": mean([p.total for p in parts]), **named, "flat_groups": mean([not g.teaches for g in groups])}
     routing = [g for g in groups if g.label not in ("answer", "outcome")]
     asked = [c.parsed.route.lower() for g in routing for c in g.candidates if isinstance(c.parsed, RouteStep)]
     for label in sorted({g.label for g in routing}):
@@ -1257,12 +1295,18 @@ def sample(o, source, step):
         if o.mode != "outcome":                                 # there the group is the question, not the step prompt
             for g in some:
                 g.advantages = group_advantages(torch.tensor(g.rewards), torch.zeros(len(g.rewards)), o.scale)  # Eq. 3
+        if not all(math.isfinite(p) for g in some for c in g.candidates for p in c.logps):
+            raise FloatingPointError(f"step {step + 1}: the policy's probabilities are no numbers; the last good "
+                                     f"checkpoint is {Path(o.out) / 'last'}; try a lower --learning-rate")
         groups += some
         found.append(counts)
         if sum(g.teaches for g in groups) >= o.fill:
             break
+    if not groups:
+        raise ValueError(f"step {step + 1}: no prompt was left to sample, {found[-1]['too_long']} were too long for "
+                         "the model; lower --max-new-tokens or --k")
     total = {k: sum(counts[k] for counts in found) for k in found[0]}
-    return groups, {k: v if k in ("too_long", "reward_s") else v / len(found) for k, v in total.items()}
+    return groups, {k: v if k in ("too_long", "reward_s", "read_on") else v / len(found) for k, v in total.items()}
 
 
 def grpo(o):
@@ -1271,7 +1315,7 @@ def grpo(o):
     model, processor, _ = open_model(o)
     if o.lora_rank:
         add_lora(model, o.lora_rank, o.lora_alpha)
-    prompts = load_prompts(Path(o.model) / "prompts.json") if (Path(o.model) / "prompts.json").exists() else {}
+    prompts = prompts_in(o.model)
     with first_rank_first():
         world = o.world or embedded_world("train", "train", 0, 3000) if o.mode != "offline" else None
         bases = world_bases(world) if world else {base: None for base in BASES}
@@ -1282,24 +1326,30 @@ def grpo(o):
     run = Run(o, model, processor, prompts)
     source = {"offline": Offline, "online": Online, "outcome": Outcome}[o.mode](o, run, router, rows)
     for step in run.steps():
-        clock, metrics = [run.now()], {}
+        clock = [run.now()]
         with run.whole():
             groups, counts = sample(o, source, step)                                # sample, reward, advantage
         clock.append(run.now())
         useful = [g for g in groups if g.teaches]
-        for _ in range(o.updates if useful else 0):
-            metrics = accumulate(o, run.model, reference, processor, useful)        # loss (Eq. 4-6)
-            metrics.update(run.update(step))                                        # update
+        passes = [accumulate(o, run.model, reference, processor, useful)            # loss (Eq. 4-6)
+                  | run.update(step) for _ in range(o.updates if useful else 0)]    # update
+        metrics = {k: sum(m[k] for m in passes) / len(passes) for k in (passes or [{}])[0]}
         clock.append(run.now())
         run.show(step, groups)
         outputs = [c.token_ids for g in groups for c in g.candidates]
-        tokens, (began, sampled, updated) = sum(map(len, outputs)), clock
+        tokens, (began, sampled, updated) = sum(map(len, outputs)) + counts.pop("read_on", 0), clock
         run.state["tokens"] += tokens
         unfinished = sum(ids[-1] not in processor.eos_ids for ids in outputs)
         run.log({"step": step + 1, **reward_metrics(groups), **counts, **metrics, "groups": len(groups),
                  "outputs": len(outputs), "unfinished": unfinished, "tokens": tokens,
                  "tokens_s": tokens / (updated - began), "sample_s": sampled - began - counts["reward_s"],
                  "update_s": updated - sampled})                                    # log; run.steps saves
+
+
+def prompts_in(folder):
+    """The system prompts that a model directory was trained with; {} where it has none."""
+    path = Path(folder) / "prompts.json"
+    return load_prompts(path) if path.exists() else {}
 
 
 def reference_of(o, model):
@@ -1322,7 +1372,7 @@ def show(o):
     """Print a trajectory with the whole group of every step: the arithmetic of Eq. 1 to 3 on real outputs."""
     model, processor, _ = open_model(o)
     world = o.world or embedded_world("train", "train", 0, 3000)
-    rows, bases, prompts = practice_rows(world), world_bases(world), load_prompts(Path(o.model) / "prompts.json")
+    rows, bases, prompts = practice_rows(world), world_bases(world), prompts_in(o.model)
     router = Router(model, processor, bases, prompts=prompts, k=o.k, max_steps=o.max_steps, temperature=o.temperature,
                     max_new_tokens=o.max_new_tokens)
     rng, generator = random.Random(o.seed), torch.Generator(o.device).manual_seed(o.seed)
@@ -1389,10 +1439,13 @@ def main():
         print(f"usage: train.py {{{','.join(COMMANDS)}}} [options]; train.py sft --help lists them", file=sys.stderr)
         sys.exit(0 if name in ("-h", "--help") else 2)
     options, command = COMMANDS[name]
-    code = 0
+    code, o = 0, None
     try:
-        command(parse_options(options, words))
+        o = parse_options(options, words)
+        command(o)
     except (ValueError, OSError, FloatingPointError, SafetensorError) as e:
+        if isinstance(e, OSError) and e.strerror and not e.filename:                 # a file that could not be written
+            e = f"{o.out}: {e.strerror}: make room, and the same command goes on from the last checkpoint"
         sys.stderr.write(f"train.py: {e}\n")          # torchrun ends the others once one rank failed, so each says why
         code = 2
     except KeyboardInterrupt:
