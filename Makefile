@@ -4,11 +4,14 @@
 # and then:
 #   make train      three minutes of Step-GRPO from the weak start, with the table of a held-out world before and after
 #   make weights    train both shipped models anew (SEED=0)
+#   make experiment the full study, which can be stopped and continued (QUICK=1: at toy scale)
+#   make assignment OUT=dir      write the student copy of the exercises (assignments/README.md)
+#   make grade                   run the exercises' tests, print a score out of 100
 PYTHON ?= python3
 SEED ?= 0
 RUN = .venv/bin/python
 
-.PHONY: demo test train weights
+.PHONY: demo test train weights experiment assignment grade
 
 demo: .venv/ready data/demo/questions.jsonl
 	$(RUN) infer.py --world data/demo --method router direct static text --show 5 --threads 1
@@ -20,6 +23,15 @@ train: .venv/ready data/test/questions.jsonl
 	$(RUN) infer.py --model weights/tiny-warm --world data/test --threads 1
 	$(RUN) train.py grpo --follow best --steps 1000 --minutes 3 --threads 1 --seed $(SEED) --out runs/step-grpo
 	$(RUN) infer.py --model runs/step-grpo/best --world data/test --threads 1
+
+experiment: .venv/ready-dev
+	$(RUN) experiment.py $(if $(QUICK),--quick --out runs/results-quick)
+
+assignment:
+	$(PYTHON) assignments/kit.py copy "$(OUT)" $(EXERCISES)
+
+grade: .venv/ready-dev
+	$(RUN) assignments/kit.py grade $(EXERCISES)
 
 .venv/ready: requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv .venv

@@ -398,15 +398,17 @@ def group(o, config, prompt, new):
 
 
 def log_prob_ways(vlm, peer, batch, tokens):
-    """Log-probabilities (N n, L) of the responses in three ways. The peer's head is applied to responses only, too."""
+    """Log-probabilities (N n, L) of the responses in three ways. The peer's head is applied to responses only, too. With
+    a shared prefix the entropies are computed beside them, as train.py does."""
     full, targets = behind(batch, tokens)
     P, L = batch["input_ids"].shape[1], tokens.shape[1]
+    mask = torch.ones_like(tokens, dtype=torch.bool)
 
     def plainly():
         logits = peer(**for_peer(peer, full), logits_to_keep=L + 1, use_cache=False).logits[:, :-1]      # (N n, L, V)
         return logits.float().log_softmax(-1).gather(2, tokens[..., None])[..., 0]
     return {"ours": lambda: vlm.log_probs(**full, targets_mask=targets)[:, P - 1:],
-            "shared": lambda: vlm.group_log_probs(tokens, torch.ones_like(tokens, dtype=torch.bool), **batch),
+            "shared": lambda: vlm.group_log_probs(tokens, mask, **batch, entropy=True)[0],
             "transformers": plainly}
 
 
