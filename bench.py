@@ -398,8 +398,8 @@ def group(o, config, prompt, new):
 
 
 def log_prob_ways(vlm, peer, batch, tokens):
-    """Log-probabilities (N n, L) of the responses in three ways. The peer's head is applied to responses only, too. With
-    a shared prefix the entropies are computed beside them, as train.py does."""
+    """Log-probabilities (N n, L) of the responses in three ways. The peer's head is applied to responses only, too.
+    With a shared prefix the entropies are computed beside them, as train.py does."""
     full, targets = behind(batch, tokens)
     P, L = batch["input_ids"].shape[1], tokens.shape[1]
     mask = torch.ones_like(tokens, dtype=torch.bool)
