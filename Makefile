@@ -5,13 +5,14 @@
 #   make train      three minutes of Step-GRPO from the weak start, with the table of a held-out world before and after
 #   make weights    train both shipped models anew (SEED=0)
 #   make experiment the full study, which can be stopped and continued (QUICK=1: at toy scale)
+#   make soak       kills, a million generated inputs and long runs
 #   make assignment OUT=dir      write the student copy of the exercises (assignments/README.md)
 #   make grade                   run the exercises' tests, print a score out of 100
 PYTHON ?= python3
 SEED ?= 0
 RUN = .venv/bin/python
 
-.PHONY: demo test train weights experiment assignment grade
+.PHONY: demo test train weights experiment soak assignment grade
 
 demo: .venv/ready data/demo/questions.jsonl
 	$(RUN) infer.py --world data/demo --method router direct static text --show 5 --threads 1
@@ -26,6 +27,9 @@ train: .venv/ready data/test/questions.jsonl
 
 experiment: .venv/ready-dev
 	$(RUN) experiment.py $(if $(QUICK),--quick --out runs/results-quick)
+
+soak: .venv/ready
+	$(RUN) soak.py
 
 assignment:
 	$(PYTHON) assignments/kit.py copy "$(OUT)" $(EXERCISES)

@@ -16,7 +16,6 @@ Deviations from the paper and the released code, and why:
   * greedy by default, seeded where sampled (released: temperature 1, unseeded);
   * a prompt that the model has no room for is counted and not asked; it is never cut, for a cut loses the question.
 """
-import argparse
 import fcntl
 import json
 import math
@@ -39,7 +38,7 @@ import torch
 from PIL import Image
 
 from model import VLM, Processor, inside, load_picture
-from retrieve import KnowledgeBase, load_or_build
+from retrieve import MAX_ROW, KnowledgeBase, OneLineParser, load_or_build
 from score import (ROUTING, answer_scores, gold_routes, golds_of, overview, plans_of, predicted, print_results,
                    score_row, score_table, write_table, write_whole)
 from steps import (BASE_OF, BASES, NONE, PREFIX, PROMPTS, ROUTES, AnswerStep, RouteStep, StepError,
@@ -558,7 +557,6 @@ def demonstrations():
 
 # -------------------------------------------------------------------------------------------------------------- 3 files
 
-MAX_ROW = 4_000_000  # characters of a line of JSONL: a longer one is no question, and would be tokenised for minutes
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".JPEG", ".webp")
 WORLD_ENCODERS = {"text": "lexical", "image": "pixel", "table": "lexical"}
 
@@ -923,13 +921,6 @@ class Chat:
 
 
 # -------------------------------------------------------------------------------------------------- 5 command line
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong with the flags in one line."""
-
-    def error(self, message):
-        raise ValueError(f"{message}: see {self.prog} --help")
-
 
 ROUTER_FLAGS = ("k", "max_steps", "max_new_tokens", "temperature", "seed", "batch_size")  # fields of RouterOptions
 

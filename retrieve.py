@@ -29,8 +29,10 @@ import mmap
 import os
 import re
 import shutil
+import signal
 import sys
 import time
+from array import array
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -41,9 +43,10 @@ import torch
 
 from encode import (MARKERS, WEIGHT_FREE, EncoderOptions, checksum, load_encoder, option, passage, usable_device,
                     utf8)
-from model import read_json, write_json
+from model import inside, read_json, write_json
 
 FORMAT = 1  # of the folder on disk; a base of another format is refused
+MAX_ROW = 4_000_000  # characters of a line of JSONL: a longer one is no passage or question
 OVERFETCH = 8  # hits fetched beyond k, so that equal scores around the k-th place are settled by document order
 CHUNK = 8192  # documents encoded, or vectors scored by exact search, at a time
 
@@ -95,6 +98,8 @@ def lines_of(path):
 
 def json_object(line, place):
     """One line of a JSONL file as a dict."""
+    if len(line) > MAX_ROW:
+        raise ValueError(f"{place}: a row of {len(line)} characters: {MAX_ROW} at most; cut it into passages")
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:  # no JSON, an integer beyond Python's limit, lists in lists in lists
@@ -102,6 +107,32 @@ def json_object(line, place):
     if not isinstance(row, dict):
         raise ValueError(f"{place}: expected an object, found {type(row).__name__}")
     return row
+
+
+def picture_in(folder, name, place):
+    """The path of a document's picture; a corpus from outside names no file outside its folder, links followed."""
+    path = os.path.join(folder, name)
+    if not name.isprintable() or not inside(path, folder):
+        raise ValueError(f"{place}: picture {name!r} leads out of {folder}: name the pictures' folder with --images")
+    return path
+
+
+def distinct(read):
+    """The documents of read(), a function that gives a fresh stream of them; ValueError where an id comes twice.
+
+    Keeps 8 bytes of each id. Only where two are alike the stream is read again, to compare the ids themselves.
+    """
+    seen = array("q")
+    for doc in read():
+        seen.append(hash(doc["id"]))
+        yield doc
+    values, counts = np.unique(np.asarray(seen), return_counts=True)
+    twice, met = set(values[counts > 1].tolist()), set()
+    for doc in read() if twice else ():
+        if doc["id"] in met:
+            raise ValueError(f"id {doc['id'][:80]!r} stands twice in the corpus: ids tell documents apart")
+        if hash(doc["id"]) in twice:
+            met.add(doc["id"])
 
 
 def read_docs(path, images=None):
@@ -113,7 +144,7 @@ def read_docs(path, images=None):
     for place, line in lines_of(path):
         if line.strip():
             doc = checked_doc(json_object(line, place), place)
-            yield {**doc, "image": doc["image"] and os.path.join(images or Path(path).parent, doc["image"])}
+            yield {**doc, "image": doc["image"] and picture_in(images or Path(path).parent, doc["image"], place)}
 
 
 def read_mbeir(path, images=None):
@@ -127,7 +158,7 @@ def read_mbeir(path, images=None):
             raise ValueError(f"{place}: modality is {row.get('modality')!r}, expected text, image or both")
         if "image" in modality and not (isinstance(row.get("img_path"), str) and row["img_path"]):
             raise ValueError(f"{place}: modality {row['modality']!r}, but img_path is {row.get('img_path')!r}")
-        image = os.path.join(images or Path(path).parent, row["img_path"]) if "image" in modality else None
+        image = picture_in(images or Path(path).parent, row["img_path"], place) if "image" in modality else None
         text = (row.get("txt") or "") if "text" in modality else ""
         yield checked_doc({"id": row.get("did"), "text": text, "image": image}, place)
 
@@ -592,6 +623,7 @@ class KnowledgeBase:
         """
         options = IndexOptions(index, M, ef_construction, ef, seed, threads)
         docs = [checked_doc(doc, f"document {i}") for i, doc in enumerate(docs)]
+        docs = list(distinct(lambda: iter(docs)))
         encoder = load_encoder(encoder) if isinstance(encoder, (str, Path)) else encoder
         encoder, _ = encoder.fitted(docs)
         options = replace(options, ef=ef or encoder.ef)
@@ -767,7 +799,7 @@ def begin_or_resume(work, plan, read, encoder, log):
             log(f"going on in {work}")
             return encoder.restored(known["state"]), known["count"]
         log(f"{work} was begun with other options or another corpus: starting anew")
-    encoder, count = encoder.fitted(read())  # also the look at every row before the long work begins
+    encoder, count = encoder.fitted(distinct(read))  # also the look at every row before the long work begins
     log(f"{count} documents")
     shutil.rmtree(work, ignore_errors=True)
     (work / "progress").mkdir(parents=True)
@@ -840,6 +872,13 @@ def check_command(args):
     print(json.dumps({"documents": len(base), "checksums": "ok", f"recall@{args.k}": recall}))
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong with the flags in one line."""
+
+    def error(self, message):
+        raise ValueError(f"{message}: see {self.prog} --help")
+
+
 def add_flags(parser, kind):
     """One flag for each field of an options dataclass."""
     for f in fields(kind):
@@ -853,7 +892,7 @@ def add_flags(parser, kind):
 
 def parse_arguments():
     """The commands and their flags."""
-    top = argparse.ArgumentParser(prog="retrieve.py", description="Build, search and check knowledge bases.")
+    top = OneLineParser(prog="retrieve.py", description="Build, search and check knowledge bases.")
     commands = top.add_subparsers(required=True, metavar="build | search | info | check")
     build = commands.add_parser("build", help="encode and index a corpus; a killed build goes on when started again")
     build.add_argument("docs", help="the corpus: a file, or for wiki also a folder")
@@ -884,14 +923,18 @@ def parse_arguments():
 
 
 def main():
-    """Runs a command; a user's mistake is one line on stderr and exit code 2."""
-    args = parse_arguments()
+    """Runs a command; a user's mistake is one line on stderr and exit code 2, Ctrl-C 130, SIGTERM 143."""
     try:
+        args = parse_arguments()
         args.run(args)
     except (ValueError, OSError) as error:
         print(f"retrieve.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("retrieve.py: stopped; the same build continues", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     main()
