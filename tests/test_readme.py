@@ -12,7 +12,8 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text()
 # what a command names that is not here, and what stands for it in the test: the flags are run as they are written
 STAND_INS = {
-    "enwiki.jsonl": "{world}/text.jsonl", "path/to/bge-m3": "lexical",
+    "enwiki": "{out}/enwiki", "splitted_tables.json": "{out}/tables.json", "cand_pool.jsonl": "{out}/mbeir.jsonl",
+    "mbeir_images": "{world}", "path/to/bge-m3": "lexical", "path/to/clip": "pixel",
     "path/to/R1-Router-7B": "weights/tiny", "path/to/Qwen2.5-VL-3B-Instruct": "weights/tiny",
     "kb/text": "{world}/kb/text", "kb/image": "{world}/kb/image", "kb/table": "{world}/kb/table",
     "published_steps.jsonl": "{world}/steps.jsonl", "cuda": "cpu", "bfloat16": "float32",
@@ -34,6 +35,12 @@ def world(tmp_path_factory):
     out = tmp_path_factory.mktemp("readme") / "world"
     run = lambda *words: subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
     run("world.py", "--seed", "3", "--questions", "8", "--countries", "20", "--out", str(out))
+    (out.parent / "enwiki").write_text('<doc id="1" url="u" title="Ada">\nAda\n\nAda wrote programs.\n</doc>\n')
+    (out.parent / "tables.json").write_text(
+        '[{"id": "1", "page_title": "Cups", "section_title": "", "caption": "", "name": "t", "header": ["cup"], '
+        '"rows": [["Rut"]]}]')
+    (out.parent / "mbeir.jsonl").write_text(
+        '{"did": "1:1", "txt": "a flag", "img_path": "flags/0.png", "modality": "image,text"}\n')
     run("infer.py", "--world", str(out), "--threads", "1", "--out", str(out.parent / "results.jsonl"))
     run("train.py", "grpo", "--world", str(out), "--out", str(out.parent / "run"), "--steps", "1", "--val-every", "0",
         "--prompts", "4", "--group", "2", "--open-questions", "4", "--threads", "1")
@@ -73,7 +80,7 @@ def test_line_counts_are_true():
 
 
 def test_equations_name_functions_that_exist():
-    import grpo, infer, train, world as _
-    modules = {"grpo": grpo, "infer": infer, "train": train, "world": _}
-    named = re.findall(r"`(grpo|infer|train|world)\.(\w+)`", README)
+    import grpo, infer, score, steps, train, world
+    modules = {m.__name__: m for m in (grpo, infer, score, steps, train, world)}
+    named = re.findall(rf"`({'|'.join(modules)})\.(\w+)`", README)
     assert len(named) >= 5 and not [(m, n) for m, n in named if n != "py" and not hasattr(modules[m], n)]
