@@ -31,7 +31,37 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from model import load_picture, read_json, weight_files
+from model import load_picture, read_json, usable_device, weight_files
+
+# ------------------------------------------------------------------------------------------------------ small parts
+
+def option(default, text):
+    """A dataclass field whose help text also serves the command line."""
+    return field(default=default, metadata={"help": text})
+
+
+def known_value(name, value, known):
+    """The value, if it is one that this file implements."""
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}: this program knows {', '.join(map(str, known))}")
+    return value
+
+
+def whole(value, name, least=1, most=1_000_000):
+    """The value, if it is a whole number within reach; the name says where it stands."""
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} is {repr(value)[:40]}: expected a whole number from {least} to {most}")
+    return value
+
+
+def checksum(path):
+    """{"bytes", "sha256"} of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": os.path.getsize(path), "sha256": digest.hexdigest()}
+
 
 # ------------------------------------------------------------------------------------------------- what is encoded
 
@@ -51,15 +81,6 @@ def split_query(query):
     if not isinstance(text, str):
         raise ValueError(f"a query is a string or {{'text', 'image'}}, not {query!r}")
     return utf8(text), image
-
-
-def checksum(path):
-    """{"bytes", "sha256"} of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": os.path.getsize(path), "sha256": digest.hexdigest()}
 
 
 # --------------------------------------------------------------------------------------------- encoders without weights
@@ -248,11 +269,6 @@ class Pixel(Lexical):
 
 # ------------------------------------------------------------------------------------------------- transformer encoders
 
-def option(default, text):
-    """A dataclass field whose help text also serves the command line."""
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class EncoderOptions:
     """How an encoder with weights is used. Those that shape documents' vectors are part of its fingerprint."""
@@ -266,15 +282,12 @@ class EncoderOptions:
     markers: bool = option(False, "add Open-WikiTable's eight table markers to the tokenizer")
     batch_tokens: int = option(0, "tokens in a batch, padding included; 0: 2048 on the CPU (its caches), 65536 on CUDA")
 
+    def __post_init__(self):
+        for name in ("max_length", "query_length", "batch_tokens"):
+            whole(getattr(self, name), name, least=0, most=2 ** 30)
+
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
-
-
-def known_value(name, value, known):
-    """The value, if it is one that this file implements."""
-    if value not in known:
-        raise ValueError(f"{name} is {value!r}: this program knows {', '.join(map(str, known))}")
-    return value
 
 
 class Block(nn.Module):
@@ -284,7 +297,7 @@ class Block(nn.Module):
         super().__init__()
         width, inner, self.heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
         act = c.get("hidden_act", "quick_gelu" if pre else "gelu")
-        self.act, self.pre, self.causal = ACTIVATIONS[known_value("hidden_act", act, ACTIVATIONS)], pre, causal
+        self.act, self.pre, self.causal = ACTIVATIONS[act], pre, causal
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
         self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
         self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
@@ -377,15 +390,6 @@ def precision(device):
     return torch.float16 if torch.device(device).type == "cuda" else torch.float32
 
 
-def usable_device(device):
-    """The device, if torch can compute on it here."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):  # torch says the one of an unknown name, the other of a missing CUDA
-        raise ValueError(f"device {device!r} cannot be used here: give cpu, or cuda where torch finds a GPU") from None
-    return device
-
-
 def read_tokenizer(path):
     """The directory's tokenizer.json, without the padding and truncation that may be saved in it."""
     file = Path(path) / "tokenizer.json"
@@ -424,6 +428,7 @@ class TextModel:
 
     def __init__(self, path, settings, device):
         config = check_bert(read_json(Path(path) / "config.json"), path)
+        check_modules(path)
         self.settings, self.device, self.dim, self.cut = settings, device, config["hidden_size"], 0
         pooling = settings.pooling or directory_pooling(path)
         self.pooling = known_value(f"{path}: pooling", pooling, ("cls", "mean", "pooler"))
@@ -439,6 +444,8 @@ class TextModel:
         room = config["max_position_embeddings"] - self.net.first
         file = Path(path) / "sentence_bert_config.json"
         said = read_json(file).get("max_seq_length") if file.is_file() else None
+        if said is not None:
+            whole(said, f"{file}: max_seq_length")
         self.length = min(settings.max_length or said or room, room)
 
     @torch.inference_mode()
@@ -459,15 +466,46 @@ class TextModel:
         return hidden[:, 0] if self.pooling == "cls" else torch.tanh(self.net.pooler(hidden[:, 0]))
 
 
+BERT_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+              "max_position_embeddings")
+
+
 def check_bert(config, path):
     """The config of a BERT-family model, if this file can run it."""
-    needed = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-              "max_position_embeddings"}
-    if absent := sorted(needed - set(config)):
-        raise ValueError(f"{path}/config.json: {', '.join(absent)} missing")
+    place = f"{path}/config.json"
+    known_value(f"{place}: model_type", config.get("model_type"), BERT_TYPES)
+    if absent := sorted(set(BERT_SIZES) - set(config)):
+        raise ValueError(f"{place}: {', '.join(absent)} missing")
+    check_sizes({"type_vocab_size": 2, "hidden_act": "gelu", **config}, (*BERT_SIZES, "type_vocab_size"), place)
+    if "roberta" in config["model_type"]:  # positions are counted from behind the padding's id
+        whole(config.get("pad_token_id", 1), f"{place}: pad_token_id", 0, config["max_position_embeddings"] - 2)
     positions = config.get("position_embedding_type") or "absolute"
-    known_value(f"{path}/config.json: position_embedding_type", positions, ["absolute"])
+    known_value(f"{place}: position_embedding_type", positions, ["absolute"])
+    known_value(f"{place}: is_decoder", config.get("is_decoder") or False, [False])
     return config
+
+
+def check_sizes(c, names, place):
+    """ValueError for sizes that cannot be, before anything is allocated."""
+    for name in names:
+        whole(c[name], f"{place}: {name}", most=1000 if name == "num_hidden_layers" else 1_000_000)
+    if c["hidden_size"] % c["num_attention_heads"]:
+        raise ValueError(f"{place}: hidden_size {c['hidden_size']} is no multiple of num_attention_heads "
+                         f"{c['num_attention_heads']}")
+    known_value(f"{place}: hidden_act", c["hidden_act"], list(ACTIVATIONS))
+
+
+def check_modules(path):
+    """ValueError where modules.json lists a step from text to vector that is not taken here, such as a Dense layer."""
+    file = Path(path) / "modules.json"
+    try:
+        kinds = [module["type"].rpartition(".")[2] for module in json.loads(file.read_text(encoding="utf-8"))]
+    except FileNotFoundError:
+        return
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError(f"{file}: expected a JSON list of objects that name a type") from None
+    for kind in kinds:
+        known_value(f"{file}: type", kind, ("Transformer", "Pooling", "Normalize"))
 
 
 def directory_pooling(path):
@@ -495,11 +533,11 @@ class TextEncoder(Encoder):
         self.dim, self.normalised = self.passages.dim, settings.normalise
         if self.questions.dim != self.dim:
             raise ValueError(f"{settings.query_model}: dimension {self.questions.dim}, {path} has {self.dim}")
-        self.print = model_print([path] + [settings.query_model] * bool(settings.query_model), self.passages.pooling,
+        self.identity = model_print([path] + [settings.query_model] * bool(settings.query_model), self.passages.pooling,
                                  self.passages.length, settings.normalise, settings.passage_prefix, settings.markers)
 
     def fingerprint(self):
-        return self.print
+        return self.identity
 
     @property
     def cut(self):
@@ -577,10 +615,13 @@ class ClipEncoder(Encoder):
 
     def __init__(self, path, device="cpu", **options):
         config = read_json(Path(path) / "config.json")
-        text, vision = ({**defaults, **config.get(f"{name}_config", {})}
+        text, vision = ({"hidden_act": "quick_gelu", **defaults, **(config.get(f"{name}_config") or {})}
                         for name, defaults in (("text", CLIP_TEXT), ("vision", CLIP_VISION)))
+        for c, names in ((text, CLIP_TEXT), (vision, CLIP_VISION)):
+            check_sizes(c, names, f"{path}/config.json")
         self.name, self.options, self.device, self.cut = os.path.abspath(path), options, device, 0
         self.settings, self.dim = make_settings(options), config.get("projection_dim", 512)
+        whole(self.dim, f"{path}/config.json: projection_dim")
         with torch.device("meta"):
             towers = nn.ModuleDict({"text": Tower(text, self.dim, picture=False),
                                     "vision": Tower(vision, self.dim, picture=True)})
@@ -595,10 +636,10 @@ class ClipEncoder(Encoder):
         self.resample = said.get("resample", Image.BICUBIC)
         self.mean = np.array(said.get("image_mean", CLIP_MEAN), np.float32)
         self.std = np.array(said.get("image_std", CLIP_STD), np.float32)
-        self.print = model_print([path], self.settings.passage_prefix)
+        self.identity = model_print([path], self.settings.passage_prefix)
 
     def fingerprint(self):
-        return self.print
+        return self.identity
 
     def pixels(self, image):
         """A picture for the network: shorter edge resized, middle cut out, normalised: (3, side, side) float32."""
@@ -650,7 +691,7 @@ def load_encoder(path_or_name, device="cpu", **options):
 
     options are the fields of EncoderOptions, for directories only.
     """
-    name = str(path_or_name)
+    name, device = str(path_or_name), usable_device(device)
     if name in WEIGHT_FREE:
         if options:
             raise ValueError(f"encoder {name!r} takes no options, got {', '.join(sorted(options))}")
@@ -659,4 +700,4 @@ def load_encoder(path_or_name, device="cpu", **options):
         raise ValueError(f"unknown encoder {name!r}: give {', '.join(WEIGHT_FREE)} or a directory with config.json")
     kind = read_json(Path(name) / "config.json").get("model_type")
     known_value(f"{name}: model_type", kind, (*BERT_TYPES, "clip"))
-    return (ClipEncoder if kind == "clip" else TextEncoder)(name, usable_device(device), **options)
+    return (ClipEncoder if kind == "clip" else TextEncoder)(name, device, **options)

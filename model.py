@@ -17,7 +17,8 @@ ones of Hugging Face.
 Deviations from the released model code, with the reason
     * Pictures only, no video: the paper has none. The tower could read several frames, the processor makes one.
     * The prompt's keys and values are kept once for all n samples of a prompt (`KVCache.share`) instead of being copied
-      n times.
+      n times. What is finished leaves the batch by whole prompts and in lots, not row by row: a group is computed to
+      the end of its longest sample.
     * `log_probs` applies the head to response tokens only and in chunks: a (B, T, V) tensor in float32 never exists.
     * Text between control tokens is encoded with control tokens switched off, so that no text can end a turn or insert
       a picture.
@@ -99,6 +100,15 @@ def read_json(path):
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def usable_device(device):
+    """The device, if torch can compute on it here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # torch says the one of an unknown name, the other of a missing CUDA
+        raise ValueError(f"device {device!r} cannot be used here: give cpu, or cuda where torch finds a GPU") from None
+    return device
 
 
 def read_config(source):
@@ -605,7 +615,7 @@ class VLM(nn.Module):
 
         Weights shrink with their fan-in and depth.
         """
-        config = read_config(path_or_dict)
+        config, device = read_config(path_or_dict), usable_device(device)
         with torch.device("meta"):
             vlm = cls(config)
         if (size := sum(p.numel() for p in vlm.parameters())) > 100e9:          # before anything is allocated
@@ -633,18 +643,19 @@ class VLM(nn.Module):
         """
         if not Path(path).is_dir():
             raise ValueError(f"{path}: no such model directory; expected one with config.json and model.safetensors")
-        config = read_config(Path(path))
+        config, device = read_config(Path(path)), usable_device(device)
         with torch.device("meta"):
             vlm = cls(config)
         expected = dict(vlm.named_parameters())
-        missing, problems = set(expected), []
+        missing, problems, tied_head = set(expected), [], None
         for file in weight_files(path):
             try:
                 with safe_open(file, framework="pt", device="cpu") as f:
                     for key in f.keys():
                         name = our_name(key)
                         if name == "lm_head.weight" and config.tie_word_embeddings:
-                            continue                                # a tied head that was written out all the same
+                            tied_head = f.get_tensor(key)           # written out all the same
+                            continue
                         if name not in missing:
                             problems.append(f"{'twice' if name in expected else 'unexpected'}: {key}")
                             continue
@@ -658,6 +669,9 @@ class VLM(nn.Module):
                             problems.append(f"infinite or not a number: {key}")
             except (SafetensorError, OSError) as e:
                 raise ValueError(f"{file}: not a readable safetensors file ({e}); is the download complete?") from None
+        table = vlm.model.embed_tokens.weight
+        if tied_head is not None and not table.is_meta and not torch.equal(tied_head.to(device, dtype), table):
+            problems.append("tied, but lm_head.weight differs from the embedding table")
         problems = [f"missing: {name}" for name in sorted(missing)] + problems
         if problems:
             raise ValueError(f"{path}: {len(problems)} weights do not fit config.json: {'; '.join(problems)}")
@@ -708,6 +722,10 @@ class VLM(nn.Module):
         if int(here.sum()) != wanted:
             raise ValueError(f"{int(here.sum())} image tokens in input_ids, but the pictures make {wanted}: "
                              "the prompt was cut or pictures are missing")
+        patches = int(image_grid_thw.prod(-1).sum()) if wanted else 0
+        if wanted and (pixel_values is None or len(pixel_values) != patches):
+            found = 0 if pixel_values is None else len(pixel_values)
+            raise ValueError(f"pixel_values holds {found} patches, the grids of image_grid_thw make {patches}")
         if wanted:
             features = self.visual(pixel_values.to(x.dtype), image_grid_thw.tolist())     # (image tokens, C)
             x = x.masked_scatter(here[..., None], features)
@@ -781,9 +799,10 @@ class VLM(nn.Module):
         t decides token t of sample i, so that a sample depends on no row beside it, but for rounding.
         static: steps of static shapes, by default on CUDA, where they are replayed as a graph.
         """
-        if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or n < 1 or max_new_tokens < 1:
-            raise ValueError(f"generate: temperature {temperature} >= 0, 0 < top_p {top_p} <= 1, top_k {top_k} >= 0, "
-                             f"n {n} >= 1 and max_new_tokens {max_new_tokens} >= 1 are expected")
+        fits = temperature == 0 or 1e-6 <= temperature < math.inf
+        if not fits or not 0 < top_p <= 1 or top_k < 0 or n < 1 or max_new_tokens < 1:
+            raise ValueError(f"generate: temperature {temperature} of 0 or from 1e-6, 0 < top_p {top_p} <= 1, top_k "
+                             f"{top_k} >= 0, n {n} >= 1 and max_new_tokens {max_new_tokens} >= 1 are expected")
         device, B = input_ids.device, len(input_ids) * n
         static = input_ids.is_cuda if static is None else static
         eos = torch.tensor(list(eos_ids), device=device, dtype=torch.long)
@@ -826,6 +845,9 @@ class VLM(nn.Module):
         logits live at once. With entropy=True also the entropy (M,) of each distribution, with entropy="grad" with
         gradient, which costs another copy of the logits.
         """
+        if not 1e-6 <= temperature < math.inf:
+            raise ValueError(f"log-probabilities at temperature {temperature}: expected a number from 1e-6")
+
         def of_chunk(h, y):
             logits = self.head(h).float() / temperature                                   # (m, V)
             norm = logits.logsumexp(-1)
@@ -874,6 +896,9 @@ class VLM(nn.Module):
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         if not valid[:, -1].all():
             raise ValueError("group_log_probs: prompts must be padded on the left, so that their last token is real")
+        mask = mask.bool()
+        if (mask[:, 1:] & ~mask[:, :-1]).any():
+            raise ValueError("group_log_probs: a row's mask must be one run from its beginning, as generate returns it")
         before, after = self.positions(input_ids, valid, image_grid_thw)
         # the tokens of the n responses, one response behind the other, without the padding between them
         flat = mask.reshape(N, n * L)
@@ -987,13 +1012,18 @@ def check_rank(rank, alpha, where):
 def add_lora(vlm, rank=16, alpha=32, targets=LORA_TARGETS, seed=0):
     """Freeze the model and give each linear layer whose name ends with a target an adapter.
 
-    Returns the trainable parameters. Raises ValueError where a target names no layer.
+    Returns the trainable parameters. Raises ValueError, with nothing changed, where a target names no layer or the head
+    (whose weight is used without its layer), and where the model has an adapter.
     """
     check_rank(rank, alpha, "add_lora")
+    if hasattr(vlm, "lora"):
+        raise ValueError("add_lora: the model has an adapter already: merge_lora first")
     layers = [name for name, m in vlm.named_modules() if isinstance(m, nn.Linear)]
     found = {t: [name for name in layers if ("." + name).endswith("." + t)] for t in targets}
-    if empty := [t for t, names in found.items() if not names]:
-        raise ValueError(f"add_lora: no linear layer is named {', '.join(empty)}")
+    if not found or (empty := [t for t, names in found.items() if not names]):
+        raise ValueError(f"add_lora: no linear layer is named {', '.join(empty) if found else 'in targets'}")
+    if head := [t for t, names in found.items() if "lm_head" in names]:
+        raise ValueError(f"add_lora: target {head[0]!r} is the head, which takes no adapter: leave it out")
     vlm.requires_grad_(False)
     generator = torch.Generator(next(vlm.parameters()).device).manual_seed(seed)
     for name in dict.fromkeys(name for names in found.values() for name in names):
@@ -1042,10 +1072,13 @@ def load_adapter(vlm, path):
     """
     config = read_json(Path(path) / "adapter_config.json")
     plain = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none", "modules_to_save": None,
-             "layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {}}
+             "layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {}, "use_qalora": False,
+             "alora_invocation_tokens": None, "layer_replication": None}
     for name, value in plain.items():
         if (config.get(name) or value or None) != (value or None):
             raise ValueError(f"{path}: {name} is {config[name]!r}, this code supports {value!r} only")
+    if (start := config.get("init_lora_weights")) not in (True, False, None, "gaussian"):
+        raise ValueError(f"{path}: init_lora_weights is {start!r}: such an adapter may belong to a changed base")
     targets = config.get("target_modules")
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise ValueError(f"{path}: target_modules is {targets!r}, expected a list of layer names")
@@ -1269,8 +1302,14 @@ class Processor:
 
     def prompt(self, conversation):
         """One conversation -> (ids, list of patches, list of grids), ending with the header of the assistant's turn."""
+        if not isinstance(conversation, (list, tuple)) or not conversation or not all(
+                isinstance(m, dict) and isinstance(m.get("role"), str)
+                and isinstance(m.get("content"), (str, list, tuple)) for m in conversation):
+            raise ValueError(f"conversation: {str(conversation)[:80]} is no list of messages {{'role': ..., "
+                             "'content': a string or a list}")
         parts = [part for m in conversation if not isinstance(m["content"], str) for part in m["content"]]
-        if wrong := [part for part in parts if part.get("type") not in ("text", "image") or part["type"] not in part]:
+        if wrong := [part for part in parts if not isinstance(part, dict) or part.get("type") not in ("text", "image")
+                     or part["type"] not in part]:
             raise ValueError(f"conversation: {str(wrong[0])[:80]} is neither {{'type': 'text', 'text': ...}} "
                              "nor {'type': 'image', 'image': ...}")
         pictures = [self.pixels(part["image"]) for part in parts if part["type"] == "image"]
@@ -1282,6 +1321,8 @@ class Processor:
 
     def batch(self, prompts):
         """Prompts as `prompt` returns them -> one left-padded batch for the model."""
+        if not prompts:
+            raise ValueError("no conversation: give at least one")
         T = max(len(ids) for ids, _, _ in prompts)
         input_ids = torch.full((len(prompts), T), self.pad_id)
         attention_mask = torch.zeros(len(prompts), T, dtype=torch.bool)

@@ -3,9 +3,7 @@
     corpus file -> reader -> documents {"id", "text", "title", "image"} -> encoder -> (N, D) -> index
     query (words, picture or both) -> encoder -> (Q, D) -> search of every shard -> merge -> hits
 
-R1-Router asks three such bases (text, text-image, table). They differ only in reader and encoder:
-
-    lexical, pixel   without trained weights          directory   BERT family, XLM-RoBERTa, CLIP: see encode.py
+R1-Router asks three such bases (text, text-image, table). They differ only in reader and encoder (encode.py).
 
 On disk a base is one folder: shards of index + documents, and a manifest with the checksum of every file.
 
@@ -41,9 +39,8 @@ import hnswlib
 import numpy as np
 import torch
 
-from encode import (MARKERS, WEIGHT_FREE, EncoderOptions, checksum, load_encoder, option, passage, usable_device,
-                    utf8)
-from model import inside, read_json, write_json
+from encode import MARKERS, WEIGHT_FREE, EncoderOptions, checksum, load_encoder, option, passage, utf8, whole
+from model import inside, read_json, usable_device, write_json
 
 FORMAT = 1  # of the folder on disk; a base of another format is refused
 MAX_ROW = 4_000_000  # characters of a line of JSONL: a longer one is no passage or question
@@ -64,8 +61,11 @@ class Hit:
 
 def checked_doc(row, place):
     """A document with exactly the four fields, each of the right type; `place` (file:line) stands in the error."""
-    doc = {"id": row.get("id"), "text": row.get("text"), "title": row.get("title") or "",
-           "image": row.get("image") or None}
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: expected an object with id, text, title and image, found {type(row).__name__}")
+    title, image = row.get("title"), row.get("image")
+    doc = {"id": row.get("id"), "text": row.get("text"), "title": "" if title is None else title,
+           "image": None if image == "" else image}
     if type(doc["id"]) is int:
         doc["id"] = str(doc["id"])
     for name, value in doc.items():
@@ -79,9 +79,9 @@ def checked_doc(row, place):
 
 @contextmanager
 def reading(path):
-    """A text file, open; ValueError where it cannot be read as UTF-8."""
+    """A text file, open; ValueError where it cannot be read as UTF-8. A byte-order mark at its start is passed over."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             yield file
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
@@ -307,6 +307,8 @@ def wiki_pages(path):
     header, body = None, []
     for place, line in lines_of(path):
         if header is not None:
+            if WIKI_HEADER.match(line):  # a page inside a page: the end of the first is missing
+                break
             if line.strip() == "</doc>":
                 yield *header, "".join(body)
                 header, body = None, []
@@ -349,21 +351,29 @@ class IndexOptions:
     def __post_init__(self):
         if self.index not in INDEXES:
             raise ValueError(f"unknown index {self.index!r}: give {' or '.join(INDEXES)}")
-        for name, least in (("M", 2), ("ef_construction", 1), ("ef", 0), ("seed", 0), ("threads", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}: give at least {least}")
+        for name, least, most in (("M", 2, 10_000), ("ef_construction", 1, 10 ** 6), ("ef", 0, 10 ** 9),
+                                  ("seed", 0, 2 ** 63 - 1), ("threads", 0, 1024)):
+            whole(getattr(self, name), name, least, most)
 
 
 def exact_search(chunks, queries, k, device="cpu"):
-    """The k largest inner products of queries (Q, D) with chunks of rows: scores (Q, k) float32, rows (Q, k) int64."""
+    """The k largest inner products of queries (Q, D) with chunks of rows: scores (Q, k) float32, rows (Q, k) int64.
+
+    Of equal scores the earlier row comes first, also where not all of them fit. Scores are rounded to six decimals: the
+    products of one and the same vector differ in their last bits with its place in the chunk.
+    """
     queries = torch.from_numpy(queries).to(device)
     best, rows, start = queries.new_empty(len(queries), 0), queries.new_empty((len(queries), 0), dtype=torch.long), 0
     for chunk in chunks:
         chunk = torch.from_numpy(chunk).to(device).float()  # (C, D)
-        scores, found = (queries @ chunk.T).topk(min(k, len(chunk)), dim=1)  # (Q, <=k)
-        best, rows = torch.cat([best, scores], 1), torch.cat([rows, found + start], 1)  # (Q, <=2k)
-        best, keep = best.topk(min(k, best.shape[1]), dim=1)
-        rows, start = rows.gather(1, keep), start + len(chunk)
+        scores, size = (queries @ chunk.T).round(decimals=6), min(k, len(chunk))  # (Q, C)
+        values, found = scores.topk(size, dim=1)  # (Q, <=k)
+        tied = (scores >= values[:, -1:]).sum(1) > size  # (Q,) more are as good as the k-th: topk took any of them
+        found[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :size]  # slow, and rare
+        found = found.sort(dim=1).values
+        best, rows = torch.cat([best, scores.gather(1, found)], 1), torch.cat([rows, found + start], 1)  # (Q, <=2k)
+        best, keep = best.sort(dim=1, descending=True, stable=True)
+        best, rows, start = best[:, :k], rows.gather(1, keep[:, :k]), start + len(chunk)
     return best.cpu().numpy(), rows.cpu().numpy()
 
 
@@ -558,6 +568,11 @@ def check_files(path, manifest):
             raise ValueError(f"{file}: altered (checksum differs): build the base again")
 
 
+def real_place(path):
+    """The absolute path of a base; where a link stands, that of the folder it points to: a save keeps the link."""
+    return Path(os.path.realpath(path) if os.path.islink(path) else os.path.abspath(path))
+
+
 def put_in_place(folder, path):
     """Renames a finished folder to `path`. A base that stands there is moved aside first, then deleted."""
     clear_aside(path)
@@ -631,7 +646,7 @@ class KnowledgeBase:
 
     def save(self, path):
         """Writes the base as a folder, beside `path` first and then renamed: nothing is ever half-written there."""
-        path = Path(os.path.abspath(path))
+        path = real_place(path)
         with sole_writer(path):
             self.write(path)
 
@@ -654,7 +669,7 @@ class KnowledgeBase:
         encoder: an Encoder or a name, the same that the base was built with; default: the one it names. device: where
         encoders and exact search run. ef: another one than the base was built with.
         """
-        path = Path(os.path.abspath(path))
+        path = real_place(path)
         manifest = read_manifest(path)
         made = manifest["encoder"]
         encoder = made["name"] if encoder is None else encoder
@@ -672,13 +687,14 @@ class KnowledgeBase:
     def search(self, queries, k=5):
         """The k best documents of each query, best first: a list of Hit for each, shorter where the base holds fewer.
 
-        A query is a string or {"text", "image"}. Equal scores stand in document order.
+        A query is a string or {"text", "image"}. Equal scores stand in document order; where more than k + 8 documents
+        are equal, exact search takes the first of them, the graph (index "hnsw") those that it meets.
         """
         if isinstance(queries, (str, dict)):
             raise ValueError("search takes a list of queries: put the one query into a list")
         queries = list(queries)
-        if k < 1:
-            raise ValueError(f"k is {k}: give at least 1")
+        if not isinstance(k, (int, np.integer)) or k < 1:
+            raise ValueError(f"k is {k}: give a whole number of at least 1")
         if not queries or not len(self):
             return [[] for _ in queries]
         scores, rows = self.search_vectors(self.encoder.encode_queries(queries), k)
@@ -733,7 +749,7 @@ def load_or_build(path, corpus, encoder):
 
     Of several processes that come at once one builds; the others wait for it and open what it built.
     """
-    path, corpus = Path(os.path.abspath(path)), Path(corpus)
+    path, corpus = real_place(path), Path(corpus)
 
     def fresh():
         try:
@@ -757,7 +773,7 @@ def build_folder(read, encoder, out, options=IndexOptions(), *, shard=500_000, s
     """
     if shard < 1:
         raise ValueError(f"shard is {shard}: give the number of documents of a shard, at least 1")
-    out = Path(os.path.abspath(out))
+    out = real_place(out)
     with sole_writer(out, wait=False):
         return build_shards(read, encoder, out, replace(options, ef=options.ef or encoder.ef), shard, source, log)
 

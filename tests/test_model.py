@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 from unicodedata import normalize
 
@@ -150,7 +151,8 @@ def test_windows_matter(tiny):
     assert deviation(hf_logits(wide, batch), hf_logits(tiny.hf, batch)) > 100 * CLOSE
 
 
-@pytest.mark.parametrize("change", ["a picture too many", "a picture too few", "a token too few", "no picture"])
+@pytest.mark.parametrize("change", ["a picture too many", "a picture too few", "a token too few", "no picture",
+                                    "a patch too few", "no patches"])
 def test_pictures_and_tokens_must_match(tiny, change):
     batch = make_batch(tiny.config, [[4, (4, 4), 2, (4, 6), 5]])
     if change == "a picture too many":
@@ -161,9 +163,13 @@ def test_pictures_and_tokens_must_match(tiny, change):
     elif change == "a token too few":
         cut = (batch["input_ids"][0] == IMAGE_PAD).nonzero()[-1].item()
         batch["input_ids"][0, cut] = 7
+    elif change == "a patch too few":
+        batch["pixel_values"] = batch["pixel_values"][:-1]
+    elif change == "no patches":
+        batch["pixel_values"] = None
     else:
         batch["image_grid_thw"] = batch["pixel_values"] = None
-    with pytest.raises(ValueError, match="image"):
+    with pytest.raises(ValueError, match="image tokens|pixel_values holds .* the grids of image_grid_thw make 40"):
         tiny.vlm(**batch)
 
 
@@ -236,20 +242,6 @@ def test_greedy_equals_transformers(pair, rows):
     assert naive_greedy(pair.vlm, batch, 16, eos) == expected
 
 
-def test_rows_leave_the_batch(tiny):
-    """Sixteen prompts that end at many different times; each is right, and three equal samples of each are too."""
-    rng = random.Random(0)
-    rows = [[rng.randint(1, 12)] + rng.choice([[], [(4, 4), 2], [(2, 6), 1]]) for _ in range(16)]
-    batch = make_batch(tiny.config, rows, seed=3)
-    free = hf_greedy(tiny.hf, batch, 20)
-    eos = tuple(free.flatten().bincount().topk(8).indices.tolist())
-    expected = cut(free, eos)
-    assert len({len(row) for row in expected}) > 5  # the case is what it claims to be
-    assert sampled(tiny.vlm.generate(**batch, max_new_tokens=20, eos_ids=eos, **GREEDY)) == expected
-    tripled = sampled(tiny.vlm.generate(**batch, n=3, max_new_tokens=20, eos_ids=eos, **GREEDY))
-    assert tripled == [row for row in expected for _ in range(3)]
-
-
 @pytest.fixture
 def shapes(monkeypatch):
     """What each decode step saw: (rows, key slots)."""
@@ -260,6 +252,24 @@ def shapes(monkeypatch):
         seen.append((cache.valid.shape[0] * cache.valid.shape[1], cache.bias.shape[-1]))
     monkeypatch.setattr(model.KVCache, "extend", noted)
     return seen
+
+
+def test_rows_leave_the_batch(tiny, shapes):
+    """Sixteen prompts that end at many different times; each is right, and three equal samples of each are too."""
+    rng = random.Random(0)
+    rows = [[rng.randint(1, 12)] + rng.choice([[], [(4, 4), 2], [(2, 6), 1]]) for _ in range(16)]
+    batch = make_batch(tiny.config, rows, seed=3)
+    free = hf_greedy(tiny.hf, batch, 20)
+    eos = tuple(free.flatten().bincount().topk(8).indices.tolist())
+    expected = cut(free, eos)
+    assert len({len(row) for row in expected}) > 5  # the case is what it claims to be
+    assert sampled(tiny.vlm.generate(**batch, max_new_tokens=20, eos_ids=eos, **GREEDY)) == expected
+    ends = len(shapes)
+    tripled = sampled(tiny.vlm.generate(**batch, n=3, max_new_tokens=20, eos_ids=eos, **GREEDY))
+    assert tripled == [row for row in expected for _ in range(3)]
+    for n, steps in ((1, shapes[:ends]), (3, shapes[ends:])):
+        left = [count for count, _ in steps]
+        assert left == sorted(left, reverse=True) and left[0] <= 16 * n and len(set(left)) > 2
 
 
 def test_static_shapes_give_the_same_tokens(tiny, shapes):
@@ -423,11 +433,19 @@ def test_samples_follow_the_distribution(tiny, options):
     assert chi2 < cells + 5 * (2 * cells) ** 0.5  # the mean of chi-square and five standard deviations
 
 
-@pytest.mark.parametrize("name, value", [("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("top_k", -1), ("n", 0),
-                                         ("max_new_tokens", 0)])
+@pytest.mark.parametrize("name, value", [("temperature", -1.0), ("temperature", float("nan")),
+                                         ("temperature", 1e-310), ("temperature", float("inf")), ("top_p", 0.0),
+                                         ("top_p", 1.5), ("top_k", -1), ("n", 0), ("max_new_tokens", 0)])
 def test_generate_refuses(tiny, name, value):
     with pytest.raises(ValueError, match=f"{name} {value}"):
         tiny.vlm.generate(**make_batch(tiny.config, [[3]]), **{name: value})
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_log_probs_refuse(tiny, temperature):
+    ids = torch.tensor([[5, 6, 7]])
+    with pytest.raises(ValueError, match=f"temperature {temperature}"):
+        tiny.vlm.log_probs(ids, torch.ones_like(ids), temperature=temperature)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -564,17 +582,32 @@ def test_a_group_in_one_row_equals_separate_rows(tiny):
     assert_gradients_equal(gradients(tiny.vlm, (ours[samples.mask] * weights).sum()), expected)
 
 
+def test_masks_of_a_group(tiny):
+    """Numbers do as well as truths; a response that does not start at its row's beginning is refused."""
+    tokens, prompts = torch.tensor([[5, 6, 7], [8, 9, 4]]), make_batch(tiny.config, [[4]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    ours = tiny.vlm.group_log_probs(tokens, mask, **prompts)
+    assert torch.equal(ours, tiny.vlm.group_log_probs(tokens, mask.bool(), **prompts)) and not ours[0, 2] and ours[1, 2]
+    for wrong in ([0, 1, 1], [1, 0, 1]):
+        with pytest.raises(ValueError, match="one run from its beginning"):
+            tiny.vlm.group_log_probs(tokens, torch.tensor([wrong, [1, 1, 1]]).bool(), **prompts)
+
+
 def test_gradient_checkpointing_changes_nothing(tiny):
-    batch = make_batch(tiny.config, [[5, (4, 4), 3], [7]])
+    """The same gradients; each layer is computed once more in the backward pass."""
+    batch, calls = make_batch(tiny.config, [[5, (4, 4), 3], [7]]), []
+    hook = tiny.vlm.model.layers[1].self_attn.register_forward_hook(lambda *_: calls.append(1))
 
     def run():
         return gradients(tiny.vlm, tiny.vlm(**batch)[batch["attention_mask"]].square().mean())
-    plain = run()
+    plain, once = run(), len(calls)
     tiny.vlm.model.gradient_checkpointing = True
     try:
         assert_gradients_equal(run(), plain)
     finally:
         tiny.vlm.model.gradient_checkpointing = False
+        hook.remove()
+    assert (once, len(calls)) == (1, 3)
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------
@@ -719,6 +752,36 @@ def test_a_broken_adapter_file_is_named(tiny, tmp_path, kept):
 def test_a_target_that_is_no_layer_is_named(tiny):
     with pytest.raises(ValueError, match="no_such_proj"):
         model.add_lora(fresh(tiny), rank=2, alpha=2, targets=("q_proj", "no_such_proj"))
+
+
+@pytest.mark.parametrize("targets, said", [(("q_proj", "lm_head"), "'lm_head' is the head"), ((), "named in targets")])
+def test_targets_that_take_no_adapter(targets, said):
+    vlm = model.VLM.from_config(make_config(tied=False).to_dict())
+    with pytest.raises(ValueError, match=said):
+        model.add_lora(vlm, rank=2, alpha=2, targets=targets)
+    assert all(weight.requires_grad for weight in vlm.parameters()) and not hasattr(vlm, "lora")
+
+
+def test_a_second_adapter_needs_the_first_merged(tiny):
+    vlm = with_adapter(tiny)
+    adapted = our_logits(vlm, PICTURES)
+    with pytest.raises(ValueError, match="has an adapter already: merge_lora first"):
+        model.add_lora(vlm, rank=2, alpha=2, targets=("k_proj",))
+    assert torch.equal(our_logits(vlm, PICTURES), adapted)
+    model.add_lora(model.merge_lora(vlm), rank=2, alpha=2, targets=("k_proj",))
+    assert deviation(our_logits(vlm, PICTURES), adapted) < CLOSE
+
+
+@pytest.mark.parametrize("name, value", [("init_lora_weights", "pissa"), ("init_lora_weights", "olora"),
+                                         ("use_qalora", True), ("alora_invocation_tokens", [1, 2]),
+                                         ("layer_replication", [[0, 2], [1, 3]])])
+def test_adapters_whose_base_differs_are_refused(tiny, tmp_path, name, value):
+    model.save_adapter(with_adapter(tiny), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    for changed, refused in ((value, True), ("gaussian" if name == "init_lora_weights" else None, False)):
+        file.write_text(json.dumps({**json.loads(file.read_text()), name: changed}))
+        with pytest.raises(ValueError, match=name) if refused else nullcontext():
+            model.load_adapter(fresh(tiny), tmp_path / "adapter")
 
 
 def test_a_merged_adapter_is_a_full_checkpoint(tiny, tmp_path):
@@ -923,6 +986,13 @@ def test_a_broken_processor_directory(tiny, tmp_path):
         model.Processor.from_pretrained(path)
 
 
+@pytest.mark.parametrize("wrong", [[], [[]], ["hello"], [[{"content": "x"}]], [[{"role": "user", "content": None}]],
+                                   [[{"role": "user", "content": ["x"]}]]], ids=str)
+def test_conversations_that_are_refused(processor, wrong):
+    with pytest.raises(ValueError, match="conversation: |no conversation: give"):
+        processor(wrong)
+
+
 @pytest.mark.parametrize("part", [{"type": "video", "video": "film.mp4"}, {"type": "image"}], ids=str)
 def test_contents_that_are_refused(processor, part):
     with pytest.raises(ValueError, match="video|image"):
@@ -978,6 +1048,14 @@ def test_a_tied_head_may_be_written_out(checkpoint, damaged):
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, damaged / "model.safetensors", {"format": "pt"})
     assert_same_logits(model.VLM.from_pretrained(damaged), checkpoint[0])
+    weights["lm_head.weight"][5, 3] += 1
+    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    assert "1 weights do not fit config.json: tied, but lm_head.weight differs" in refusal(damaged)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_a_device_that_is_not_there(checkpoint):
+    assert "device 'cuda' cannot be used here" in refusal(checkpoint[1], device="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -1196,8 +1274,8 @@ print(peak_of(load))
 
 
 def test_log_probs_need_a_quarter_of_the_plain_memory(tmp_path):
-    """Forward and backward at the published vocabulary of 151,936. The plain way grows with the tokens, so that 4 x 32
-    of them tell what 4 x 1,024 would need; ours stays where it is from 4 x 64 to 4 x 128."""
+    """Forward and backward at the published vocabulary of 151,936. Ours reads 4 x 1,024 tokens; the plain way grows
+    with the tokens, so that 4 x 32 of them tell what 4 x 1,024 would need."""
     config = make_config(text=dict(vocab_size=151936, num_hidden_layers=1)).to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config))
     script = """
@@ -1209,8 +1287,7 @@ def plain(tokens):
     ids = torch.randint(0, 280, (4, tokens))
     vlm(ids)[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).sum().backward()
 ours(8), plain(8)  # what torch imports at its first use, and the gradients, are not counted
-print(peak_of(lambda: ours(64)), peak_of(lambda: ours(128)), peak_of(lambda: plain(32)))
+print(peak_of(lambda: ours(1024)), peak_of(lambda: plain(32)))
 """
-    short, long, plain = peak_memory(script, tmp_path)
-    assert long < 1.2 * short
-    assert long < 32 * plain / 4
+    ours, plain = peak_memory(script, tmp_path)
+    assert ours < 32 * plain / 4

@@ -410,6 +410,17 @@ def change_config(folder, **changes):
     (lambda f: change_config(f, hidden_act="swish"), "hidden_act is 'swish'"),
     (lambda f: change_config(f, position_embedding_type="relative_key"), "relative_key"),
     (lambda f: change_config(f, vocab_size=9), "9, 48"),
+    (lambda f: change_config(f, hidden_act="swish"), "config.json: hidden_act is 'swish'"),
+    (lambda f: change_config(f, is_decoder=True), "config.json: is_decoder is True"),
+    (lambda f: change_config(f, hidden_size="48"), "config.json: hidden_size is '48'"),
+    (lambda f: change_config(f, num_attention_heads=5), "config.json: hidden_size 48 is no multiple"),
+    (lambda f: change_config(f, max_position_embeddings=-1), "config.json: max_position_embeddings is -1"),
+    (lambda f: change_config(f, num_hidden_layers=10 ** 6), "config.json: num_hidden_layers is 1000000"),
+    (lambda f: change_config(f, model_type="xlm-roberta", pad_token_id=None), "config.json: pad_token_id is None"),
+    (lambda f: (f / "sentence_bert_config.json").write_text('{"max_seq_length": "128"}'), "max_seq_length is '128'"),
+    (lambda f: (f / "modules.json").write_text('{"type": "Dense"}'), "modules.json: expected a JSON list"),
+    (lambda f: (f / "modules.json").write_text('[{"type": "sentence_transformers.models.Transformer"}, '
+                                               '{"type": "sentence_transformers.models.Dense"}]'), "type is 'Dense'"),
 ])
 def test_broken_model_directories_are_refused(tmp_path, damage, reason):
     make_bert(tmp_path / "m")
@@ -422,6 +433,9 @@ def test_broken_model_directories_are_refused(tmp_path, damage, reason):
 @pytest.mark.parametrize("name, options, reason", [
     ("nothing", {}, "unknown encoder"), ("lexical", {"pooling": "cls"}, "takes no options"),
     ("m", {"device": "tpux"}, "device 'tpux' cannot be used here"),
+    ("m", {"max_length": -3}, "max_length is -3"), ("m", {"query_length": "x"}, "query_length is 'x'"),
+    pytest.param("lexical", {"device": "cuda"}, "device 'cuda' cannot be used here",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")),
     ("m", {"pooling": "max"}, "max"), ("m", {"poling": "cls"}, "poling")])
 def test_wrong_encoder_options(tmp_path, name, options, reason):
     make_bert(tmp_path / "m")
@@ -560,10 +574,18 @@ def test_unreachable_rows_are_found_by_exact_search():
 
 
 def test_equal_scores_stand_in_document_order():
-    base = KnowledgeBase.build(docs_of(*["same words"] * 12, "other"), "lexical")
-    assert [hit.id for hit in base.search(["same words"], 5)[0]] == ["0", "1", "2", "3", "4"]
-    flat = KnowledgeBase.build(docs_of(*["same words"] * 12, "other"), "lexical", index="flat")
-    assert [hit.id for hit in flat.search(["same words"], 5)[0]] == ["0", "1", "2", "3", "4"]
+    """Exact search: of any number of equal documents the first. The graph, as documented: of k + 8 of them."""
+    for index, equal in (("flat", 40), ("flat", 13), ("flat", 9000), ("hnsw", 12)):
+        base = KnowledgeBase.build(docs_of("other", *["same words"] * equal), "lexical", index=index)
+        for hits in base.search(["same words", "words", "same"], 5):
+            assert [hit.id for hit in hits] == ["1", "2", "3", "4", "5"]
+    base = KnowledgeBase.build(docs_of(*["same words"] * 40), "lexical")
+    ids = [int(hit.id) for hit in base.search(["same words"], 5)[0]]
+    assert ids == sorted(set(ids)) and len(ids) == 5
+    vectors = np.repeat(unit(1, 384), 41, axis=0)
+    for queries in (1, 3, 50):  # matrix products of these shapes differ in the last bits of their columns
+        rows = retrieve.exact_search([vectors[:20], vectors[20:]], unit(queries, 384, seed=1), 7)[1]
+        assert (rows == np.arange(7)).all()
 
 
 def test_duplicates_hide_nothing_or_recall_tells():
@@ -592,8 +614,11 @@ def test_odd_queries_behave():
             base.search([wrong])
     with pytest.raises(ValueError, match="list"):
         base.search("one string")
-    with pytest.raises(ValueError, match="k is 0"):
-        base.search(["x"], k=0)
+    for k in (0, 2.5, "3"):
+        with pytest.raises(ValueError, match=f"k is {k}"):
+            base.search(["x"], k=k)
+    with pytest.raises(ValueError, match="document 0: expected an object .* found str"):
+        KnowledgeBase.build(["a"], "lexical")
 
 
 def test_long_queries_through_a_transformer(tmp_path):
@@ -629,7 +654,10 @@ def test_vectors_that_cannot_be_are_not_indexed(vectors):
 
 
 @pytest.mark.parametrize("values, reason", [({"index": "tree"}, "tree"), ({"M": 1}, "M is 1"),
-                                            ({"threads": -1}, "threads"), ({"ef_construction": 0}, "ef_construction")])
+                                            ({"threads": -1}, "threads"), ({"ef_construction": 0}, "ef_construction"),
+                                            ({"M": 2.5}, "M is 2.5"), ({"M": 10001}, "M is 10001"),
+                                            ({"seed": 2 ** 70}, "seed is 118"), ({"ef": "9"}, "ef is '9'"),
+                                            ({"ef_construction": 2 ** 70}, "ef_construction is 118")])
 def test_wrong_index_options(values, reason):
     with pytest.raises(ValueError, match=reason):
         KnowledgeBase.build(docs_of("x"), "lexical", **values)
@@ -735,6 +763,21 @@ def test_no_base_and_strange_places(tmp_path):
     assert (tmp_path / "precious.txt").read_text() == "keep me\n"
 
 
+def test_saves_through_a_link_keep_the_link(tmp_path, pictures):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "far" / "away" / "kb"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "disk")
+    for count in (5, 7):
+        KnowledgeBase.build(pictures[:count], "pixel").save(link)
+        assert link.is_symlink() and (tmp_path / "disk" / "manifest.json").is_file()
+        for place in (link, tmp_path / "disk"):
+            base = KnowledgeBase.load(place)
+            assert len(base) == count and all(os.path.isfile(doc["image"]) for doc in base.shards[0].docs)
+    assert build_folder(lambda: iter(docs_of("x")), load_encoder("lexical"), link) == 1
+    assert link.is_symlink() and len(KnowledgeBase.load(link)) == 1
+
+
 def test_a_failing_save_leaves_the_old_base(saved, monkeypatch):
     base, folder = saved
     monkeypatch.setattr(retrieve, "write_manifest", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
@@ -820,13 +863,21 @@ def test_plain_reader(tmp_path):
 
 @pytest.mark.parametrize("row", [
     "{", "[1]", {"text": "no id"}, {"id": "x"}, {"id": "x", "text": None}, {"id": "x", "text": ["y"]},
-    {"id": "x", "text": "y", "image": 3}, {"id": True, "text": "y"}, '{"id": "x", "text": ' + "[" * 100_000,
+    {"id": "x", "text": "y", "image": 3}, {"id": True, "text": "y"}, {"id": "x", "text": "y", "title": 0},
+    {"id": "x", "text": "y", "title": False}, {"id": "x", "text": "y", "image": 0},
+    '{"id": "x", "text": ' + "[" * 100_000,
     '{"text": "y", "id": ' + "1" * 5000 + "}"], ids=lambda row: str(row)[:30])
 def test_rows_that_do_not_fit_are_named(tmp_path, row):
     file = write_lines(tmp_path / "d.jsonl", {"id": "a", "text": "one"}, row)
     with pytest.raises(ValueError, match="d.jsonl:2: ") as error:
         list(read_docs(file))
     assert "\n" not in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path):
+    row = json.dumps({"id": "a", "text": "one", "title": None, "image": ""})
+    file = write_lines(tmp_path / "d.jsonl", "\ufeff" + row)
+    assert list(read_docs(file)) == [{"id": "a", "text": "one", "title": "", "image": None}]
 
 
 def test_unreadable_files_are_named(tmp_path):
@@ -866,7 +917,9 @@ def test_wikiextractor_both_forms(tmp_path):
 
 
 @pytest.mark.parametrize("text, reason", [
-    ('<doc id="1" url="u" title="T">\nT\n\nbody\n', ":1: .*does not end"), ("junk\n", ":1: expected <doc"),
+    ('<doc id="1" url="u" title="T">\nT\n\nbody\n', ":1: .*does not end"),
+    ('<doc id="1" url="u" title="T">\nT\n<doc id="2" url="u" title="U">\nU\n</doc>\n', ":1: .*'T' does not end"),
+    ("junk\n", ":1: expected <doc"),
     ('{"id": "1"}\n', ":1: expected id, title"), ("{\n", ":1: not JSON")])
 def test_broken_wikiextractor_files_are_named(tmp_path, text, reason):
     (tmp_path / "wiki_00").write_text(text)
@@ -984,7 +1037,7 @@ def test_shards_are_searched_as_one(tmp_path, world):
         assert [h[0].id for h in found] == [h[0].id for h in exact] and base.recall(queries) > 0.98
 
 
-def test_a_killed_build_goes_on_without_redoing_losing_or_doubling(tmp_path, script):
+def test_a_killed_build_goes_on_without_redoing_losing_or_doubling(tmp_path, script, monkeypatch):
     """kill -9 at two moments of a build of five shards; the base then equals an undisturbed one, byte for byte."""
     corpus = write_lines(tmp_path / "docs.jsonl", *[
         {"id": f"d{i}", "text": f"{SYLLABLES[i % 120]}{SYLLABLES[i // 120]} has capital {SYLLABLES[i * 7 % 120]}"}
@@ -1005,8 +1058,11 @@ def test_a_killed_build_goes_on_without_redoing_losing_or_doubling(tmp_path, scr
         assert (work / "progress" / begun).exists() and not (tmp_path / "kb").exists()
         assert (tmp_path / ".kb.lock").exists()  # but nobody holds it any more
         kept = {f"{i:05d}.hnsw": (work / f"{i:05d}.hnsw").stat().st_mtime_ns for i in range(done)}
+    added, add = [], retrieve.Progress.add
+    monkeypatch.setattr(retrieve.Progress, "add", lambda *a, **how: (added.append((*a[1:], how)), add(*a, **how)))
     code, _, err = script(*words, tmp_path / "kb")
     assert code == 0 and "going on" in err and len(kept) == 2
+    assert added[:2] == 2 * [(1000, {"encoded": False})] and "4500 of 4500 documents" in err  # not redone, but counted
     assert sorted(p.name for p in tmp_path.iterdir()) == ["docs.jsonl", "kb", "whole"]
     for name, stamp in kept.items():
         assert (tmp_path / "kb" / name).stat().st_mtime_ns == stamp, f"{name} was written again"
