@@ -698,9 +698,10 @@ def bench_search(o, kb, docs, near, truth, vectors, queries, ef):
 def bench_router(o):
     """Questions of an embedded world through the router: all at once against one by one; where the time goes.
 
-    The model's share is that of generation; prompts, pictures, decoding and parsing are the rest."""
+    The model's share is that of generation; prompts, pictures, decoding and parsing are the rest. Each share is the
+    median of the rounds."""
     from infer import Router, load_prompts, load_questions, world_bases
-    path, said = Path(o.model), {}
+    path, batches, alone, rounds = Path(o.model), [], [], []     # rounds: what a round at once has spent in what
     with tempfile.TemporaryDirectory() as world:
         command = [sys.executable, str(HERE / "world.py"), "--split", "test", "--seed", "1000", "--out", world]
         command += ["--questions", str(o.load.questions)] + ["--countries", "40"] * o.quick
@@ -722,18 +723,21 @@ def bench_router(o):
 
         def at_once():
             spent.clear()
-            said.update(batch=router.run(rows), model=sum(spent))
+            start = time.perf_counter()
+            batches.append(router.run(rows))
+            seconds = time.perf_counter() - start
+            model, search = sum(spent) / seconds, sum(t.seconds_search for t in batches[-1]) / seconds
+            rounds.append((model, search, max(1 - model - search, 1e-6)))
 
         vlm.generate = timed
-        ways = {"ours": at_once, "one by one": lambda: said.update(single=[router.run([row])[0] for row in rows])}
-        times = in_turns(ways, min(o.load.runs, 3), o.device, warm=False)
-    agree([t.answer for t in said["batch"]] == [t.answer for t in said["single"]], "router: answers are")
+        ways = {"ours": at_once, "one by one": lambda: alone.append([router.run([row])[0] for row in rows])}
+        times = in_turns(ways, o.load.runs, o.device, warm=False)
+    agree([t.answer for t in batches[-1]] == [t.answer for t in alone[-1]], "router: answers are")
     yield compared(f"{len(rows)} questions in batch", times, "ours", "one by one", len(rows), "questions/s", 4.0)
-    model = said["model"] / times["ours"][-1]
-    search = sum(t.seconds_search for t in said["batch"]) / times["ours"][-1]
+    model, search, rest = map(median, zip(*rounds))
     yield figure("time in the model", model, "of 1")
     yield figure("time in search", search, "of 1")
-    yield figure("time in the rest", max(1 - model - search, 1e-6), "of 1", at_most=0.1)
+    yield figure("time in the rest", rest, "of 1", at_most=0.1)
 
 
 # -------------------------------------------------------------------------------------------------------- command line

@@ -99,8 +99,10 @@ class Job:
 
 
 def folder_of(job, scale):
+    """Where a job's run lives; another plan for it gets another folder."""
     slug = "".join(c if c.isalnum() else "-" for c in job.name.lower())
-    return Path("runs") / scale.name / f"{job.part}-{slug}-{job.seed}"
+    mark = hashlib.sha256(repr((job, scale)).encode()).hexdigest()[:6]
+    return Path("runs") / scale.name / f"{job.part}-{slug}-{job.seed}-{mark}"
 
 
 def plan(scale):

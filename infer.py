@@ -6,7 +6,8 @@
                                                           -> steps to train on
 
 In reading order: 1 the methods and the Router that advances many questions together, 2 result rows, and steps from
-them, 3 input files, 4 what people see, 5 the command line. The step language is in steps.py, the metric in score.py.
+them, 3 files of questions, results and steps, 4 what people see, 5 the command line. The step language is in steps.py,
+the metric in score.py.
 
 Shapes: N prompts of a batch, G samples of a prompt, T prompt tokens, L new tokens.
 
@@ -21,6 +22,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -39,8 +41,8 @@ from PIL import Image
 
 from model import VLM, Processor, inside, load_picture
 from retrieve import MAX_ROW, KnowledgeBase, OneLineParser, load_or_build
-from score import (ROUTING, answer_scores, gold_routes, golds_of, overview, plans_of, predicted, print_results,
-                   score_row, score_table, write_table, write_whole)
+from score import (ROUTING, answer_scores, check_names, exact_match, gold_routes, golds_of, overview, plans_of,
+                   predicted, print_results, printable, score_row, score_table, write_table, write_whole)
 from steps import (BASE_OF, BASES, NONE, PREFIX, PROMPTS, ROUTES, AnswerStep, RouteStep, StepError,
                    answer_problem, conversation, final_problem, parse_step, render_answer, render_route, route_problem)
 
@@ -149,7 +151,7 @@ class RouterOptions:
     """How questions are answered."""
     method: str = "router"      # a key of METHODS
     k: int = 2                  # passages of the base that a sub-question is routed to
-    static_k: int = 1           # passages of each base where all are asked at once
+    static_k: int | None = None  # passages of each base where all are asked at once: by default a third of k
     max_steps: int = 4          # sub-questions at most
     max_new_tokens: int = 96    # of a step
     temperature: float = 0.0    # 0 is greedy
@@ -167,9 +169,13 @@ class RouterOptions:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}: give one of {', '.join(METHODS)}")
+        if self.static_k is None:
+            object.__setattr__(self, "static_k", math.ceil(self.k / len(BASES)))  # the same evidence budget
         for name in ("k", "static_k", "max_steps", "max_new_tokens", "samples", "batch_size", "call_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
+        if not -2 ** 63 <= self.seed < 2 ** 63:
+            raise ValueError(f"seed is {self.seed}: give a number of at most 18 digits")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}: give 0 (greedy) or more")
         if self.temperature == 0 and (self.samples > 1 or self.retries):
@@ -557,7 +563,8 @@ def demonstrations():
 
 # -------------------------------------------------------------------------------------------------------------- 3 files
 
-PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".JPEG", ".webp")
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".JPEG", ".webp", ".JPG", ".PNG", ".WEBP")
+OF_A_RUN = r"plan_\d+|llm_answer|cost|method|run|former"  # fields that a run adds: those of an earlier one are dropped
 WORLD_ENCODERS = {"text": "lexical", "image": "pixel", "table": "lexical"}
 
 
@@ -566,7 +573,7 @@ def read_rows(path, check, limit=None):
     if limit is not None and limit < 1:
         raise ValueError(f"{path}: its first {limit} rows are none: give at least 1")
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")[:limit]
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")[:limit]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error}): give a JSONL file") from None
     rows, faults = [], []
@@ -589,11 +596,16 @@ def read_rows(path, check, limit=None):
     return rows, faults
 
 
+def as_text(row):
+    """The bytes of a row as it is written. ValueError for half of a surrogate pair, which is no text."""
+    return json.dumps(row, ensure_ascii=False).encode()
+
+
 def load_questions(path, images=None, limit=None):
     """Question rows of any of the published sets or of a world -> (rows, faults).
 
     `image` becomes a path that opens, found in the folder `images` (by image_id) or beside the file, or None; `set`
-    (the file's name, or its folder's where that says more) and `line` are added.
+    (the file's name, or its folder's where that says more) and `line` are added; what an earlier run added is dropped.
     """
     path, seen = Path(path), {}
     name = path.absolute().parent.name if path.stem == "questions" else path.stem
@@ -605,8 +617,12 @@ def load_questions(path, images=None, limit=None):
             raise ValueError(f"id {str(row['id'])[:40]!r} stands in line {first} already: a question counts once")
         golds_of(row)
         gold_routes(row)
-        json.dumps(row, ensure_ascii=False).encode()  # a half of a surrogate pair could not be written to the results
-        return {**row, "image": picture_of(row, path.parent, images), "set": name, "line": number}
+        as_text(row)
+        image = picture_of(row, path.parent, images)
+        row = {name: value for name, value in row.items() if not re.fullmatch(OF_A_RUN, name)}
+        row |= {"image": image, "set": name, "line": number}
+        check_names(row)
+        return row
     return read_rows(path, check, limit)
 
 
@@ -727,8 +743,10 @@ def appending(path):
                 if not os.path.getsize(path):
                     os.unlink(path)
     except OSError as error:
-        raise error if error.filename else OSError(f"{path}: {error.strerror}: make room, and the same command "
-                                                   "continues behind the last whole row") from None
+        if error.filename or isinstance(error, BrokenPipeError):
+            raise
+        raise OSError(f"{path}: {error.strerror}: make room, and the same command continues behind the last whole "
+                      "row") from None
 
 
 def earlier_rows(path, run):
@@ -737,7 +755,7 @@ def earlier_rows(path, run):
     whole = data[:data.rfind(b"\n") + 1]
     try:
         rows = [json.loads(line) for line in whole.splitlines()]
-        ours = all(row["run"] == run and row["llm_answer"] for row in rows) and bool(rows) == bool(data)
+        ours = all(row["run"] == run and row["llm_answer"] for row in rows) and (rows or not data or begins_row(data))
     except (ValueError, KeyError, TypeError):
         ours = False
     if not ours:
@@ -747,16 +765,25 @@ def earlier_rows(path, run):
     return rows
 
 
+def begins_row(data):
+    """Whether a file holds the beginning of a row and no more, as a first row that was torn while it was written."""
+    try:
+        json.loads(data)
+    except ValueError:
+        return data.startswith(b'{"') and b"\n" not in data
+    return False
+
+
 def write_steps(path, rows, prompts, keep):
     """Result rows of methods in ROUTING as a published step file, pictures named from its folder; how many were kept.
 
-    `keep` "correct" is rejection sampling: only trajectories whose answer has a recall of 1. Those with a malformed
-    step have no place in such a file.
+    `keep` "correct" is rejection sampling: only trajectories whose answer is a gold answer and nothing else, for a
+    recall of 1 alone would teach to dump ("yes no"). Those with a malformed step have no place in such a file.
     """
     kept = []
     for row in rows:
         well_formed = not row["cost"]["malformed"] and not row["cost"]["too_long"]
-        if well_formed and (keep == "all" or answer_scores(predicted(row), golds_of(row))[1] == 1):
+        if well_formed and (keep == "all" or exact_match(predicted(row), golds_of(row))):
             images = [picture_beside(row["image"], Path(path))] if row.get("image") else []
             kept.append(json.dumps({"images": images, "steps": steps_of(row, prompts)}, ensure_ascii=False) + "\n")
     if not kept:
@@ -799,7 +826,7 @@ def thumbnail(path, size=20):
 
 def print_line(name, text, code=""):
     """One line of a trace; `code` is an ANSI colour."""
-    text = " ".join(str(text).split())
+    text = printable(text)
     print(f"  {name:<10}" + (f"\x1b[{code}m{text}\x1b[0m" if code and has_colour() else text))
 
 
@@ -812,7 +839,7 @@ def print_thought(said):
 
 def print_trace(row):
     """Shows one result row: question and picture, each step with its best evidence, the answer against the gold."""
-    print(f"{row['question']}   [{row.get('kind', 'question')}, {row['method']}]")
+    print(printable(row["question"]), f"  [{printable(row.get('kind', 'question'))}, {row['method']}]")
     if row.get("image"):
         print(*thumbnail(row["image"]), sep="\n") if has_colour() else print_line("picture", row["image"])
     for plan in plans_of(row):
@@ -877,7 +904,7 @@ class Chat:
         if not self.as_json:
             print(CHAT_HELP)
         try:
-            while (line := input("> " if sys.stdin.isatty() else "").strip()) != ":quit":
+            while (line := input("> " if sys.stdin.isatty() else "").strip()).split()[:1] != [":quit"]:
                 try:
                     if line.startswith(":"):
                         self.command(*line[1:].partition(" ")[::2])
@@ -917,7 +944,7 @@ class Chat:
         elif self.trace:
             print_trace(row)
         else:
-            print_line("answer", predicted(row) or "(none)", "1")
+            print_line("answer", predicted(row) or f"(none: {row['llm_answer']['fault']})", "1")
 
 
 # -------------------------------------------------------------------------------------------------- 5 command line
@@ -948,7 +975,9 @@ def parse_flags(argv):
     for name in ROUTER_FLAGS:
         default = getattr(RouterOptions, name)
         flag = "-k" if name == "k" else "--" + name.replace("_", "-")
-        p.add_argument(flag, type=type(default), default=default, metavar="N", help=f"see RouterOptions ({default})")
+        more = "; questions of four hops need 5, the last to say that nothing is missing" * (name == "max_steps")
+        p.add_argument(flag, type=type(default), default=default, metavar="N",
+                       help=f"see RouterOptions ({default}){more}")
     p.add_argument("--prompts", metavar="FILE", help="system prompts: a prompts.json or a published step file (.jsonl)")
     p.add_argument("--demos", metavar="FILE", help="step file whose first rows fewshot shows (our own)")
     p.add_argument("--shots", type=int, default=2, metavar="N", help="how many rows of --demos (2)")
@@ -956,7 +985,48 @@ def parse_flags(argv):
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
     p.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 1 is best for the tiny model")
     p.add_argument("--json", action="store_true", help="print JSON only")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    check_flags(args)
+    check_files(args)
+    return args
+
+
+WITHOUT = {  # flag -> flags that would do nothing beside it
+    "score": ("method", "out", "show", "write_steps", "eval", "question", "chat"),
+    "question": ("chat", "eval", "out", "csv", "jsonl", "write_steps", "limit", "show"),
+    "chat": ("eval", "out", "csv", "jsonl", "write_steps", "limit", "show")}
+
+
+def check_flags(args):
+    """ValueError where a flag would be ignored, or has a number that means nothing."""
+    for flag, others in WITHOUT.items():
+        for other in others if getattr(args, flag) not in (None, False) else ():
+            if getattr(args, other) not in (None, False, 0, []):
+                raise ValueError(f"--{other.replace('_', '-')} does nothing beside --{flag}: leave it or leave out "
+                                 f"--{flag}")
+    if args.image is not None and args.question is None and not args.chat:
+        raise ValueError("--image is the picture of --question or --chat: give one of them")
+    if args.chat and (len(args.method) > 1 or "oracle" in args.method):
+        raise ValueError(f"--chat with --method {' '.join(args.method)}: give one method, and not oracle, which needs "
+                         "gold hops")
+    for name, least in (("threads", 0), ("show", 0), ("shots", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} is {getattr(args, name)}: give at least {least}")
+
+
+def check_files(args):
+    """ValueError where a file that is written is also another one of the command, or a file is evaluated twice."""
+    written = ("out", "csv", "jsonl", "write_steps")
+    files = []                                               # (flag, path), those that are written before the others
+    for flag in (*written, "eval", "score", "prompts", "demos", "image"):
+        paths = getattr(args, flag) or ()
+        files += [(flag, os.path.realpath(path)) for path in ([paths] if isinstance(paths, str) else paths)]
+    for i, (flag, path) in enumerate(files):
+        for first, other in files[:i]:
+            if path == other and (first in written or first == flag):
+                raise ValueError(f"{path} is given twice (--{first.replace('_', '-')}, --{flag.replace('_', '-')}): "
+                                 "name another file")
+
 
 
 def answer_command(args):
@@ -982,10 +1052,11 @@ def answer_command(args):
     wanted = [base for base in BASES if args.chat or base in needed]
     bases = load_bases(args.kb) if args.kb else world_bases(world, wanted)
     vlm = VLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=device)
-    router = partial(Router, vlm, Processor.from_pretrained(args.model), bases, prompts=prompts, shown=shown, **options)
-    routers = [router(method=method) for method in methods]
+    processor = Processor.from_pretrained(args.model)
+    make_router = partial(Router, vlm, processor, bases, prompts=prompts, shown=shown, **options)
+    routers = [make_router(method=method) for method in methods]
     if args.chat:
-        Chat(router, methods[0], args.image, args.json).run()
+        Chat(make_router, methods[0], args.image, args.json).run()
     elif many:
         evaluate_command(routers, questions, faults, args)
     else:
@@ -1057,6 +1128,7 @@ def answer_many(router, questions, args, show):
     with appending(args.out) if args.out else open(os.devnull, "a") as out:
         if args.out:
             rows = {row_key(row): row for row in earlier_rows(args.out, run) if row["method"] == method}
+            refuse_others(args.out, rows, questions)
         progress = Progress(method, sum(row_key(question) not in rows for question in questions))
 
         def keep(trajectory):
@@ -1068,6 +1140,8 @@ def answer_many(router, questions, args, show):
         def answer(some):
             """Runs what is still open. Where a row makes that fail, each half is run, down to the row alone."""
             some = [question for question in some if row_key(question) not in rows.keys() | faults.keys()]
+            if not some:
+                return
             try:
                 router.run(some, keep)
             except ValueError as error:
@@ -1091,6 +1165,15 @@ def row_key(row):
     return row["set"], row["line"]
 
 
+def refuse_others(path, rows, questions):
+    """ValueError where a kept row {row_key: row} answers another question than the file has there now."""
+    for question in questions:
+        row = rows.get(row_key(question), question)
+        if any(row.get(name) != question.get(name) for name in ("question", "image", "answer", "answer_eval", "hops")):
+            raise ValueError(f"{path}: its answer to line {question['line']} of {question['set']} is that to another "
+                             "question: name another --out")
+
+
 def different_kinds(questions, n):
     """The first n questions, those that open a new kind before the others, with and without a picture in turn."""
     kinds, new, others = set(), ([], []), []
@@ -1112,20 +1195,26 @@ def settings_mark(router, args):
 
 
 def score_command(args):
-    """Scores existing result files, a line a method; the set of others' rows is named after their file."""
-    methods, faults = {}, []
-    if args.write_steps:
-        raise ValueError("--write-steps goes with answering questions: leave out --score")
+    """Scores existing result files, a line a method; the set of others' rows is named after their file.
+
+    Whose rows were left out cannot be told of all: they are counted in the first line.
+    """
+    methods, faults, seen = {}, [], {}
     for file in args.score:
         def check(row, number):
-            row = {"set": Path(file).stem, **row}
+            row = {"set": Path(file).stem, "line": number, **row}
             score_row(row)
+            as_text(row)
             return row
         rows, wrong = read_rows(file, check, args.limit)
         faults += wrong
         for row in rows:
-            methods.setdefault(str(row.get("method", "given")), []).append(row)
-    report([score_table(rows) for rows in methods.values()], [faults] * len(methods), args)
+            method = row.get("method") or "given"
+            if seen.setdefault((method, str(row_key(row))), row) is not row:
+                raise ValueError(f"{file}: line {row['line']} of set {row['set']!r} is there twice for method "
+                                 f"{method!r}: score files of different runs one at a time")
+            methods.setdefault(method, []).append(row)
+    report([score_table(rows) for rows in methods.values()], [faults] + [[]] * (len(methods) - 1), args)
 
 
 def report(tables, left_out, args):
@@ -1136,21 +1225,25 @@ def report(tables, left_out, args):
     if not args.json:
         print_results(tables)
     for fault in dict.fromkeys(fault for faults in left_out for fault in faults):
-        print(f"infer.py: left out: {fault}", file=sys.stderr)
+        print(f"infer.py: left out: {printable(fault)}", file=sys.stderr)
     for table, faults in zip(tables, left_out):
         print(json.dumps(overview(table) | {"left_out": len(faults)}, ensure_ascii=False))
 
 
 def main(argv=None):
     """Runs a command. Exit code 0 where there is a result, even if rows were left out; 2 after a user's mistake, 130
-    after Ctrl-C, 143 after SIGTERM."""
+    after Ctrl-C, 141 where nobody reads what is printed (| head), 143 after SIGTERM."""
     try:
         args = parse_flags(argv)
         if args.threads > 0:
             torch.set_num_threads(args.threads)
         score_command(args) if args.score else answer_command(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed to nowhere
+        return 141
     except (ValueError, OSError) as error:
-        print(f"infer.py: {error}", file=sys.stderr)
+        print(f"infer.py: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninfer.py: stopped; with --out, the same command continues", file=sys.stderr)

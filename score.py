@@ -10,6 +10,7 @@ with.
 import csv
 import io
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -140,6 +141,8 @@ def golds_of(row):
     """Accepted answers of a question row: strings and ranges; infoseek's `answer_eval` goes before `answer`."""
     golds = row.get("answer_eval", row.get("answer"))
     golds = golds if isinstance(golds, list) else [golds]
+    if not golds:
+        raise ValueError("gold answer []: expected at least one")
     for gold in golds:
         ends = gold.get("range") if isinstance(gold, dict) else None
         is_range = isinstance(ends, list) and len(ends) == 2 and all(
@@ -148,6 +151,13 @@ def golds_of(row):
             raise ValueError(f"gold answer {gold!r}: expected 'answer' or 'answer_eval' with a string, a list of "
                              "strings, or {'range': [low, high]}")
     return golds
+
+
+def check_names(row):
+    """ValueError where something that rows are told apart by is no text."""
+    for name in ("set", "kind", "method"):
+        if not isinstance(row.get(name), (str, type(None))):
+            raise ValueError(f"{name} {str(row[name])[:40]!r} is of type {type(row[name]).__name__}: expected a string")
 
 
 def predicted(row):
@@ -178,6 +188,7 @@ GROUPINGS = ("set", "kind", "hops")
 
 def score_row(row):
     """The MEASURES of one result row, None where it cannot tell, and what it is grouped by (GROUPINGS)."""
+    check_names(row)
     golds, routes, answer = golds_of(row), gold_routes(row), predicted(row)
     _, recall, f1 = answer_scores(answer, golds)
     score = dict.fromkeys(MEASURES) | {"f1_recall": recall, "em": exact_match(answer, golds), "f1": f1}
@@ -186,8 +197,9 @@ def score_row(row):
         if routes:
             score |= {"hops": len(routes) - 1, "gold_retrievals": len(routes) - 1}
         if routes and row.get("method") in ROUTING:
-            chosen = [plan["retriever"][0] for plan in plans_of(row) if "fault" not in plan]
-            score["route_accuracy"] = sum(map(str.__eq__, chosen, routes)) / max(len(chosen), len(routes))
+            chosen = [plan["retriever"][0].strip().lower() for plan in plans_of(row) if "fault" not in plan]
+            right = sum(map(str.__eq__, chosen, map(str.lower, routes)))
+            score["route_accuracy"] = right / max(len(chosen), len(routes))
         if cost := row.get("cost"):  # rows of others have none
             names = ("prompt_tokens", "generated_tokens", "seconds_model", "seconds_search")
             read, written, model, search = (float(cost[name]) for name in names)
@@ -196,6 +208,8 @@ def score_row(row):
                       "seconds": model + search, "seconds_model": model, "seconds_search": search}
     except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise ValueError(f"plans or cost are not those of a result row ({type(error).__name__}: {error})") from None
+    if not all(math.isfinite(score[name]) for name in MEASURES if score[name] is not None):
+        raise ValueError(f"cost {str(row['cost'])[:200]}: expected finite numbers")
     return score
 
 
@@ -233,7 +247,7 @@ def score_table(rows):
     for by in GROUPINGS:
         for name in sorted({str(score[by]) for score in scores if score[by] is not None}):
             groups[by, name] = [score for score in scores if str(score[by]) == name]
-    method = rows[0].get("method", "given")
+    method = rows[0].get("method") or "given"
     return [{"method": method, "by": by, "group": name, **means(some)} for (by, name), some in groups.items()]
 
 
@@ -253,11 +267,17 @@ COLUMNS = (("F1-Recall", "f1_recall", ".3f"), ("95 %", "ci", ".3f"), ("exact", "
            ("search s", "seconds_search", ".4f"))
 
 
+def printable(text):
+    """Text of a file for one line of a terminal: nothing in it starts a new line or gives the terminal an order."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(str(text).split()))
+
+
 def print_table(rows):
     """Rows of equal length, the first one the heading; the first column left, the others right."""
+    rows = [list(map(printable, row)) for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]))
+        print("  ".join([row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:]))]))
     print()
 
 
@@ -296,8 +316,11 @@ def write_whole(path, text):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
+    try:
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def write_table(path, rows, form):

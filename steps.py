@@ -1,6 +1,6 @@
 """The step language: what a step's prompt says, and what the model answers in.
 
-    question, history, evidence -> the problem of a step          (what published weights were trained on, byte for byte)
+    question, history, evidence -> the problem of a step         (what published weights were trained on, to the byte)
     thought, sub-question, base -> the text of a step -> parse_step -> RouteStep, AnswerStep or StepError
 
 A routing step     <think> ...</think><sub-question> a question, or None</sub-question><ret> a base, or None</ret>

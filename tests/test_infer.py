@@ -8,8 +8,10 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -472,6 +474,10 @@ def test_methods_ask_what_they_should(bases, tmp_path):
     trajectory, talks = run("text", k=2)
     assert len(trajectory.steps[0].evidence["text"]) == 2 and trajectory.retrievals == 1
     assert talks[0][0]["content"] == "A"
+    for base in infer.BASES:
+        trajectory, talks = run(base, k=1)
+        assert list(trajectory.steps[0].evidence) == [base] and trajectory.retrievals == 1
+        assert talks == [talk("A", answer_problem(row["question"], {base: top[base]}, True))]
     trajectory, talks = run("oracle")
     assert [step.kind for step in trajectory.steps] == ["answer", "final"]
     assert talks[1] == talk("F", final_problem(row["question"], [("What is the capital of Kasten?", "x")], True))
@@ -560,7 +566,8 @@ def gold_replies(rows):
         if system == "R":
             hop = ([*row["hops"], None])[problem.count("Sub-question")]
             return render_route("t", hop["query"], hop["retriever"]) if hop else render_route("t", "None", "None")
-        known = all(hop["answer"] in problem for hop in row["hops"])
+        text = problem[:picture.start()] if picture else problem  # its path is no knowledge
+        known = all(re.search(rf"\b{re.escape(hop['answer'])}\b", text) for hop in row["hops"])
         return render_answer("t", row["answer"][0] if known else "unknown")
 
     return reply
@@ -591,8 +598,9 @@ def test_deeper_worlds_are_reported_by_their_depth(hops, tmp_path):
     flags += ["--out", str(tmp_path)]
     subprocess.run([sys.executable, str(ROOT / "world.py"), *flags], check=True, capture_output=True)
     rows, _ = infer.load_questions(tmp_path / "questions.jsonl")
-    result = evaluate(scripted(infer.world_bases(tmp_path), gold_replies(rows))[1].run(rows))
+    result = evaluate(scripted(infer.world_bases(tmp_path), gold_replies(rows), max_steps=6)[1].run(rows))
     assert result["by_hops"] == {str(hops): 1.0} and result["gold_retrievals"] == result["retrievals"] == hops
+    assert result["route_accuracy"] == 1.0
     shallow = evaluate(scripted(infer.world_bases(tmp_path), gold_replies(rows), max_steps=2)[1].run(rows))
     assert shallow["by_hops"] == {str(hops): 0.0} and shallow["retrievals"] == 2
 
@@ -1012,3 +1020,253 @@ def test_a_bad_row_is_named_counted_and_does_not_end_the_run(tiny, world, tmp_pa
     result = json.loads(lines[-1])
     assert code == 0 and (result["n"], result["left_out"]) == (2, 3)
     assert [re.search(r"questions\.jsonl:(\d): ", line).group(1) for line in err] == ["2", "3", "4"]
+
+
+def questions_at(path, *rows):
+    """A question file: each row gets an answer where it has none."""
+    path.write_text("".join(json.dumps({"question": "Who?", "answer": "x"} | row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("change", [{"question": "Who else?"}, {"answer": "y"}, {"image": "a.png"}, {"hops": []}])
+def test_rows_of_other_questions_are_not_taken_from_out(tiny, world, tmp_path, capsys, change):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    file, out = questions_at(tmp_path / "q.jsonl", {}, {"question": "Where?"}), tmp_path / "r.jsonl"
+    flags = ["--model", tiny, "--world", world, "--eval", file, "--method", "direct", "--max-new-tokens", 2]
+    assert cli(capsys, *flags, "--out", out)[0] == 0
+    before = out.read_bytes()
+    questions_at(file, {}, {"question": "Where?"} | change)
+    code, _, err = cli(capsys, *flags, "--out", out)
+    assert code == 2 and len(err) == 1 and "line 2 of q" in err[0] and "name another --out" in err[0]
+    assert out.read_bytes() == before
+
+
+def test_what_an_earlier_run_left_in_a_question_row_is_dropped(tiny, world, tmp_path, capsys):
+    stale = {"plan_1": {"query": "old"}, "plan_9": 3, "llm_answer": "old", "cost": {}, "method": 7, "run": "old",
+             "former": [["old", "old"]], "id": "a", "plan": "stays"}
+    file = questions_at(tmp_path / "q.jsonl", stale)
+    [row], faults = infer.load_questions(file)
+    assert not faults and set(row) == {"question", "answer", "id", "plan", "image", "set", "line"}
+    flags = ["--model", tiny, "--world", world, "--eval", file, "--method", "direct", "--max-new-tokens", 2]
+    assert cli(capsys, *flags, "--out", tmp_path / "r.jsonl")[0] == 0
+    assert "old" not in (tmp_path / "r.jsonl").read_text()
+
+
+def test_rows_of_wrong_types_are_named_and_left_out(tiny, world, tmp_path, capsys):
+    file = questions_at(tmp_path / "q.jsonl", {}, {"kind": ["a"]}, {"kind": {}}, {"answer": []}, {"kind": None})
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())  # as some editors begin a file
+    flags = ["--model", tiny, "--world", world, "--eval", file, "--method", "direct", "--max-new-tokens", 2]
+    code, lines, err = cli(capsys, *flags, "--show", 2)
+    assert code == 0 and json.loads(lines[-1])["n"] == 2 and len(err) == 3
+    assert ["kind" in line for line in err] == [True, True, False] and "gold answer []" in err[2]
+    cost = dict.fromkeys(infer.COSTS, 1)
+    routed = {"method": "router", "hops": [], "llm_answer": "x"}
+    bad = [{"kind": [1]}, {"set": {}}, {"method": ["router"]}, {"llm_answer": "\ud800"}, {"question": "\udfff"},
+           {"cost": cost | {"retrievals": 1e999}}, routed | {"plan_1": {"retriever": [None]}}, {"answer": []}]
+    rows = [{"llm_answer": "x"}, {"llm_answer": "x", "method": None},
+            *({"llm_answer": "x", "line": i, **row} for i, row in enumerate(bad, 3))]
+    file = questions_at(tmp_path / "r.jsonl", *rows)
+    code, lines, err = cli(capsys, "--score", file)
+    assert code == 0 and json.loads(lines[-1])["n"] == 2 and json.loads(lines[-1])["left_out"] == len(bad)
+    assert [int(line.split("r.jsonl:")[1].split(":")[0]) for line in err] == list(range(3, 3 + len(bad)))
+
+
+def test_routes_of_others_count_in_any_case():
+    row = {"question": "q", "answer": "x", "llm_answer": "x", "method": "router",
+           "hops": [{"query": "q", "retriever": "text retriever", "answer": "x"}],
+           "plan_1": {"retriever": ["text retriever"]}, "plan_2": {"retriever": [" none"]}}
+    assert score.score_row(row)["route_accuracy"] == 1.0
+
+
+def test_the_same_questions_of_two_runs_are_not_pooled(tmp_path, capsys):
+    one, other = tmp_path / "a" / "r.jsonl", tmp_path / "b" / "r.jsonl"
+    for file, answer in ((one, "x"), (other, "y")):
+        file.parent.mkdir()
+        questions_at(file, *({"llm_answer": answer, "method": method} for method in ("direct", "cot")), {})
+    code, lines, err = cli(capsys, "--score", one, other)
+    assert code == 2 and not lines and len(err) == 1 and "is there twice for method 'direct'" in err[0]
+    code, lines, err = cli(capsys, "--score", one)  # a row left out counts once
+    assert code == 0 and [json.loads(line)["left_out"] for line in lines[-2:]] == [1, 0] and len(err) == 1
+
+
+def test_a_third_of_the_passages_of_each_base():
+    budgets = [(k, infer.RouterOptions(k=k).static_k) for k in (1, 2, 3, 4, 6, 7)]
+    assert budgets == [(1, 1), (2, 1), (3, 1), (4, 2), (6, 2), (7, 3)] and infer.RouterOptions(static_k=5).static_k == 5
+
+
+def test_nothing_is_left_of_a_file_that_cannot_be_written(tmp_path):
+    with pytest.raises(UnicodeEncodeError):
+        score.write_whole(tmp_path / "f", "\ud800")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def given_to(tiny, monkeypatch):
+    """The model calls of the commands of a test: (prompts as text, options)."""
+    processor, generate, calls = Processor.from_pretrained(tiny), VLM.generate, []
+
+    def noted(self, input_ids, attention_mask, **options):
+        prompts = [processor.decode(ids[mask].tolist()) for ids, mask in zip(input_ids, attention_mask.bool())]
+        calls.append((prompts, options))
+        return generate(self, input_ids=input_ids, attention_mask=attention_mask, **options)
+    monkeypatch.setattr(VLM, "generate", noted)
+    return calls
+
+
+def test_prompts_and_demonstrations_reach_the_model(tiny, world, tmp_path, capsys, given_to):
+    flags = ["--model", tiny, "--world", world, "--question", "Who?", "--max-new-tokens", 2]
+    asked = final_problem("Who?", [], False)
+
+    def first_prompt(*more):
+        given_to.clear()
+        assert cli(capsys, *flags, *more)[0] == 0
+        return given_to[0][0][0]
+    (tmp_path / "own.json").write_text('{"final": "reply in verse"}')
+    own = first_prompt("--method", "direct", "--prompts", tmp_path / "own.json")
+    assert own.index("reply in verse") < own.index(asked)
+    assert first_prompt("--method", "direct") == own.replace("reply in verse", "answer")  # of the model's prompts.json
+    steps = [json.loads(line)["steps"] for line in (world / "steps.jsonl").open(encoding="utf-8")][:2]
+    for n in (1, 2):
+        shown = first_prompt("--method", "fewshot", "--demos", world / "steps.jsonl", "--shots", n)
+        routes = [step["problem"] for row in steps[:n] for step in row if step["step_type"] == "ret"]
+        assert shown.count("Example:") == len(routes) and routes[-1].removesuffix("<image>") in shown
+
+
+def test_flags_of_sampling_reach_the_model(tiny, world, tmp_path, capsys, given_to):
+    flags = ["--model", tiny, "--world", world, "--method", "direct", "--limit", 4, "--max-new-tokens", 3]
+    assert cli(capsys, *flags, "--batch-size", 2, "--temperature", 0.5, "--seed", 9)[0] == 0
+    assert [len(prompts) for prompts, _ in given_to] == [2, 2]
+    assert {options["temperature"] for _, options in given_to} == {0.5}
+    wanted = torch.rand(2, 3, generator=torch.Generator().manual_seed(9))  # torch's own numbers
+    drawn = given_to[0][1]["noise"]
+    assert sorted(drawn.flatten().tolist()) == sorted(wanted.flatten().tolist())
+    code, _, err = cli(capsys, *flags, "--seed", 10 ** 30)
+    assert code == 2 and len(err) == 1 and "seed is 1" in err[0]
+
+
+def test_seconds_are_those_that_passed(bases):
+    def reply(prompt, g):
+        time.sleep(0.002)
+        return capital_then_mayor(prompt, g)
+    start = time.perf_counter()
+    done = scripted(bases, reply, batch_size=3)[1].run([QUESTION] * 3 + [{"question": "Who leads Kasten?"}] * 4)
+    wall = time.perf_counter() - start
+    model, search = (sum(getattr(t, name) for t in done) for name in ("seconds_model", "seconds_search"))
+    assert model > 0.002 * 6 and search > 0 and wall / 2 < model + search <= wall
+
+
+def test_rows_of_other_settings_are_not_taken_from_out(tiny, world, tmp_path, capsys):
+    shutil.copytree(tiny, tmp_path / "model")
+    flags = ["--model", tmp_path / "model", "--world", world, "--method", "direct", "--limit", 1, "--out",
+             tmp_path / "r.jsonl", "--json", "--max-new-tokens", 2]
+    assert cli(capsys, *flags)[0] == cli(capsys, *flags)[0] == 0
+    for more in (["--max-steps", 3], ["--max-new-tokens", 3], ["--temperature", 0.5], ["--seed", 1]):
+        code, _, err = cli(capsys, *flags, *more)
+        assert code == 2 and len(err) == 1 and "name another --out" in err[0], more
+    os.utime(next((tmp_path / "model").glob("*.safetensors")), (1, 1))  # other weights
+    code, _, err = cli(capsys, *flags)
+    assert code == 2 and len(err) == 1 and "name another --out" in err[0]
+
+
+def test_two_processes_do_not_write_one_file(tmp_path):
+    with infer.appending(tmp_path / "r.jsonl"):
+        with pytest.raises(ValueError, match="another process writes there"):
+            with infer.appending(tmp_path / "r.jsonl"):
+                pass
+
+
+def test_steps_of_the_command_line(tiny, world, tmp_path, capsys, monkeypatch):
+    rows, _ = infer.load_questions(world / "questions.jsonl")
+    gold = gold_replies(rows)
+
+    def reply(prompt, g):  # one answer of the 39 is a dump: all of the gold answer, and more
+        text, dumped = gold(prompt, g), rows[7]
+        if prompt.startswith("F\n") and prompt.count(dumped["question"]) and (dumped["image"] or "") in prompt:
+            return text.replace("</answer>", " or else</answer>")
+        return text
+    processor = Words()
+    monkeypatch.setattr(VLM, "from_pretrained", lambda *args, **options: Scripted(processor, reply))
+    monkeypatch.setattr(Processor, "from_pretrained", lambda *args: processor)
+    (tmp_path / "p.json").write_text('{"route": "R", "answer": "A", "final": "F"}')
+    flags = ["--model", tiny, "--world", world, "--prompts", tmp_path / "p.json", "--json"]
+
+    def written(folder, *more):
+        code, _, err = cli(capsys, *flags, "--write-steps", tmp_path / folder / "s.jsonl", *more)
+        assert code == 0, err
+        return (tmp_path / folder / "s.jsonl").read_text().splitlines()
+    everything, correct = written("all", "--keep", "all"), written("correct")
+    left = [line for line in everything if line not in correct]
+    assert len(everything) == 39 and len(left) == 1 and "or else" in left[0]
+    # an --out that was begun before: the steps of its rows are written too
+    assert cli(capsys, *flags, "--out", tmp_path / "r.jsonl", "--limit", 9)[0] == 0
+    assert written("continued", "--out", tmp_path / "r.jsonl") == correct
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--score", "a", "--method", "direct"], "--method does nothing beside --score"),
+    (["--score", "a", "--out", "b"], "--out does nothing beside --score"),
+    (["--score", "a", "--show", "1"], "--show does nothing beside --score"),
+    (["--question", "Who?", "--out", "b"], "--out does nothing beside --question"),
+    (["--question", "Who?", "--write-steps", "b"], "--write-steps does nothing beside --question"),
+    (["--question", "Who?", "--limit", "3"], "--limit does nothing beside --question"),
+    (["--question", "Who?", "--eval", "b"], "--eval does nothing beside --question"),
+    (["--chat", "--csv", "b"], "--csv does nothing beside --chat"),
+    (["--chat", "--method", "oracle"], "oracle, which needs gold hops"),
+    (["--image", "a.png"], "--image is the picture of --question"),
+    (["--threads", "-1"], "--threads is -1"), (["--show", "-1"], "--show is -1"), (["--shots", "0"], "--shots is 0"),
+    (["--csv", "a", "--jsonl", "./a"], "given twice (--csv, --jsonl)"),
+    (["--eval", "a", "--out", "a"], "given twice (--out, --eval)"),
+    (["--eval", "a", "./a"], "given twice (--eval, --eval)"),
+    (["--score", "a", "--csv", "a"], "given twice (--csv, --score)"),
+    (["--demos", "a", "--write-steps", "a"], "given twice (--write-steps, --demos)"),
+])
+def test_flags_that_do_not_go_together(flags, message, capsys):
+    code, out, err = cli(capsys, *flags)
+    assert code == 2 and not out and len(err) == 1 and message in err[0], err
+
+
+def test_a_first_row_that_was_torn_is_no_row(tmp_path):
+    file = tmp_path / "r.jsonl"
+    for text, kept in (('{"question": "Wh', False), ('{"a": 1}', True), ("notes", True), ('{"a": 1}\n{"b', True)):
+        file.write_text(text)
+        if kept:
+            with pytest.raises(ValueError, match="name another --out"):
+                infer.earlier_rows(file, "x")
+        else:
+            assert infer.earlier_rows(file, "x") == []
+        assert file.read_text() == (text if kept else "")
+
+
+def test_a_question_or_passage_forges_no_line(bases, capsys):
+    [trajectory] = scripted(bases, lambda prompt, g: render_answer("\x1b[2Jt", "a\n  gold      a"),
+                            method="direct")[1].run([{"question": "Who?\n  answer    b\x07", "kind": "k\n\x1b"}])
+    infer.print_trace(infer.result_row(trajectory))
+    score.print_table([["a\nb", "1"], ["c\x1b", "2"]])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Who? answer b\ufffd   [k \ufffd, direct]" and lines[2] == "  answer    a gold a"
+    assert "\x1b" not in "".join(lines) and lines[-3:] == ["a b  1", "c\ufffd   2", ""]
+
+
+def test_a_chat_says_why_there_is_no_answer_and_quits(bases, capsys, monkeypatch):
+    def make_router(**options):
+        return scripted(bases, lambda prompt, g: "no step", 300, max_new_tokens=96, **options)[1]
+    asked = ["Who?", "word " * 300, ":quit now", "No?"]
+    said, err = chat(capsys, monkeypatch, make_router, *asked, method="direct")
+    assert said == ["  answer    (none: no tags)", "  answer    (none: prompt too long)"] and len(err) <= 1
+
+
+def test_nobody_reads_on(tmp_path):
+    file = questions_at(tmp_path / "r.jsonl", {"llm_answer": "x"})
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, str(ROOT / "infer.py"), "--score", str(file)]
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # then the pipe breaks at the end
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=buffered)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_pictures_with_endings_in_capitals(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.JPG")
+    rows, faults = infer.load_questions(questions_at(tmp_path / "q.jsonl", {"image_id": "a"}), images=tmp_path)
+    assert [row["image"] for row in rows] == [str(tmp_path / "a.JPG")] and not faults
