@@ -18,7 +18,6 @@ import json
 import math
 import random
 import re
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,8 +55,8 @@ class Move(NamedTuple):
 MOVES = {
     "flag":       Move("photo", "country", "image", "Which country has this flag?",
                         "the country with this flag", "flag of {1}", "country"),
-    "capital":    Move("country", "name", "text", "What is the capital of {}?",
-                        None, "{0} has capital {1}", "capital"),
+    "capital":    Move("country", "city", "text", "What is the capital of {}?",
+                        "the capital of {}", "{0} has capital {1}", "capital"),
     "language":   Move("country", "name", "text", "What is the language of {}?",
                         None, "{0} has language {1}", "language"),
     "leader":     Move("country", "person", "text", "Who is the leader of {}?",
@@ -78,7 +77,15 @@ MOVES = {
                         "the country that won the {} cup", "{0} cup winner[sep] {1}", "winner"),
     "year":       Move("cup", "number", "table", "When was the {} cup?",
                         None, "{0} cup year[sep] {1}", "year"),
+    # MORE_RELATIONS, which only a world made with --rich has
+    "star":       Move("country", "person", "text", "Who is the star of {}?",
+                        "the star of {}", "{0} has star {1}", "star"),
+    "assistant":  Move("country", "person", "text", "Who is the assistant of {}?",
+                        "the assistant of {}", "{0} has assistant {1}", "assistant"),
+    "mayor":      Move("city", "person", "text", "Who is the leader of {}?",
+                        "the leader of {}", "{0} has leader {1}", "leader"),
 }
+MORE_RELATIONS = ("star", "assistant", "mayor")
 IN_TEXT, IN_TABLE, OF_PERSON = ("capital", "language"), ("population", "area", "currency"), ("age", "height")
 # kind of question -> the chains of moves it is drawn from; kinds of two and more hops are named after their bases
 ONE_AND_TWO_HOPS = {
@@ -112,6 +119,41 @@ FOUR_HOPS = {
     "table-text-text-text": [("winner", "leader", "birthplace", m) for m in IN_TEXT],
 }
 KINDS = {**ONE_AND_TWO_HOPS, **THREE_HOPS, **FOUR_HOPS}
+
+
+def all_chains(hops):
+    """Every chain of that many moves: each starts where the one before it ended, and none is asked for twice. No chain
+    starts at a city: it would ask for a leader in the same words as one that starts at a country."""
+    if hops == 1:
+        return [(m,) for m in MOVES if MOVES[m].source != "city"]
+    return [(*chain, m) for chain in all_chains(hops - 1) for m in MOVES
+            if MOVES[m].source == MOVES[chain[-1]].target and MOVES[m].need not in needs(chain)]
+
+
+def needs(chain):
+    """What the moves of a chain are called, in order."""
+    return tuple(MOVES[m].need for m in chain)
+
+
+def by_bases(chains):
+    """Kinds of questions, named after the bases that their chains go through."""
+    kinds = {}
+    for chain in chains:
+        kinds.setdefault("-".join(MOVES[m].base for m in chain), []).append(chain)
+    return kinds
+
+
+# In a world with more relations the questions go all ways there are. For the depth study a third of the compositions of
+# three hops is held out: their moves, and their moves two by two, are known from training, the three together are not.
+RICH_KINDS = {"compare": [], "look": [], **by_bases(c for n in range(1, 6) for c in all_chains(n))}
+HELD_OUT = set(map(needs, random.Random(0).sample(all_chains(3), len(all_chains(3)) // 3)))
+
+
+def held_out(chain):
+    """Whether a chain has a held-out composition in it, whatever comes before and after."""
+    return any(needs(chain[i:i + 3]) in HELD_OUT for i in range(len(chain) - 2))
+
+
 RETRIEVERS = {"text": "text retriever", "image": "text image retriever", "table": "table retriever"}
 PREFIXES = {"text": "ter", "image": "tir", "table": "tar"}
 
@@ -186,7 +228,7 @@ def look_question(flag, rng):
 class World:
     """Facts of one world: facts[move][entity] = value, entities by type, flags by country, and their corpora."""
 
-    def __init__(self, split, seed, countries):
+    def __init__(self, split, seed, countries, rich=False):
         self.rng = rng = random.Random(f"{split} world {seed}")
         self.names = name_space(split)
         self.known = set(self.names)
@@ -207,6 +249,10 @@ class World:
             "age": dict(zip(P, number(10, 49))), "height": dict(zip(P, number(50, 99))),
             "flag": {c: c for c in C},
         }
+        if rich:
+            more = random.Random(f"{split} relations {seed}")
+            for move, entities in (("star", C), ("assistant", C), ("mayor", self.facts["capital"].values())):
+                self.facts[move] = dict(zip(entities, more.sample(P, countries)))
         self.flags = {c: random_flag(rng) for c in C}
         self.corpora = {base: self.corpus(base) for base in RETRIEVERS}
         self.mentions = {base: {} for base in RETRIEVERS}       # base -> name -> passages that mention it
@@ -225,6 +271,7 @@ class World:
         if base == "text":
             texts = [fact(m, c) + "." for c in self.countries for m in (*IN_TEXT, "leader")]
             texts += [fact("birthplace", p) + "." for p in self.people]
+            texts += [fact(m, entity) + "." for m in MORE_RELATIONS for entity in self.facts.get(m, ())]
         else:
             table = lambda title, entity, moves: (f"[Title] {title}[Header] fact[sep] value[Rows]"
                                                   + "".join(f"[Row] {fact(m, entity)}" for m in moves))
@@ -255,9 +302,9 @@ class World:
             rng.shuffle(found)
         return [f"{PREFIXES[base]}-{i}: {text}" for i, text in enumerate(found)]
 
-    def question(self, kind, rng):
-        """Draw a question of a kind: {question, answer, kind, hops, photo, thought}. photo: a country or None; thought:
-        that of the final answer."""
+    def question(self, kind, chains, rng):
+        """Draw a question of a kind from its chains of moves: {question, answer, kind, hops, photo, thought}. photo: a
+        country or None; thought: that of the final answer."""
         if kind == "compare":
             a, b = rng.sample(self.countries, 2)
             while self.facts["population"][a] == self.facts["population"][b]:
@@ -268,18 +315,25 @@ class World:
             question, answer = look_question(self.flags[country], rng)
             return {"question": question, "answer": answer, "kind": kind, "hops": [], "photo": country,
                     "thought": describe(self.flags[country])}
-        chain = rng.choice(KINDS[kind])
+        chain = rng.choice(chains)
         entities = {"photo": self.countries, "country": self.countries, "person": self.people, "cup": self.cups}
         entity = rng.choice(entities[MOVES[chain[0]].source])
         photo = entity if chain[0] == "flag" else None
-        phrase, hops = entity, []
-        for name in chain:
-            move, value = MOVES[name], self.facts[name][entity]
-            hops.append(make_hop(move, entity, value))
-            question, phrase = move.ask.format(phrase), (move.stands_for or "").format(phrase)
+        hops = []
+        for i, name in enumerate(chain):
+            value = self.facts[name][entity]
+            hops.append({**make_hop(MOVES[name], entity, value), "left": ask_chain(chain[i:], entity)})
             entity = value
-        return {"question": question, "answer": value, "kind": kind, "hops": hops, "photo": photo,
+        return {"question": hops[0]["left"], "answer": value, "kind": kind, "hops": hops, "photo": photo,
                 "thought": "final answer"}
+
+
+def ask_chain(chain, entity):
+    """One question for a chain of moves that starts at an entity: from the inside to the outside, each move's noun
+    phrase takes the entity's place in the next."""
+    for name in chain[:-1]:
+        entity = MOVES[name].stands_for.format(entity)
+    return MOVES[chain[-1]].ask.format(entity)
 
 
 def make_hop(move, entity, value):
@@ -334,13 +388,18 @@ def pairs(history):
     return "".join(f"Sub-question{i}: {query}\nAnswer{i}: {answer}\n" for i, (query, answer) in enumerate(history, 1))
 
 
-def gold_steps(world, q, rng):
-    """The steps of a question as they should be: ask, read, ask, read, ..., nothing more is needed, answer."""
+def gold_steps(world, q, rng, peel=False):
+    """The steps of a question as they should be: ask, read, ask, read, ..., nothing more is needed, answer.
+
+    A peeled thought first says what is left of the question once the answers so far have taken the place of their
+    phrases. Each step is then the step of a shallower question, whatever the depth it began with.
+    """
     steps, history = [], []
     for hop in q["hops"]:
         evidence = world.evidence(hop["base"], hop["query"], rng, photo=q["photo"])
         said = f"{hop['quote']} {hop['answer']}"
-        steps.append(ret_step(q, history, hop["query"], RETRIEVERS[hop["base"]], "need " + hop["need"]))
+        left = f"{hop['left']} " if peel and history and "left" in hop else ""
+        steps.append(ret_step(q, history, hop["query"], RETRIEVERS[hop["base"]], f"{left}need {hop['need']}"))
         steps.append(ans_step(hop["query"], evidence, hop["answer"], said, q["photo"]))
         history.append((hop["query"], hop["answer"]))
     return steps + [ret_step(q, history, "none", "none", "enough"), final_step(q, history)]
@@ -390,7 +449,7 @@ def copy_task(world, rng):
 
     Copying an unseen name is the hard part of reading.
     """
-    moves = rng.choices([m for m in MOVES if m != "flag"], k=rng.randint(2, 5))
+    moves = rng.choices([m for m in MOVES if m in world.facts and m != "flag"], k=rng.randint(2, 5))
     facts = []
     for move in moves:
         value = str(rng.randint(10, 99)) if MOVES[move].target == "number" else rng.choice(world.names)
@@ -458,12 +517,28 @@ class Photos:
         return path
 
 
-def write_world(out, split, seed, questions, countries, kinds):
+def choose_kinds(there, names, hops, compositions):
+    """The named kinds, or those of that depth -> [(kind, its chains of moves)], of all compositions, those to train on
+    or those held out."""
+    depth = lambda kind: len(there[kind][0]) if there[kind] else 0
+    names = names or [k for k in there if max(depth(k), 2) == hops]
+    if unknown := [k for k in names if k not in there]:
+        raise ValueError(f"--kinds: {', '.join(unknown)} unknown; there are {', '.join(there)}")
+    wanted = lambda chain: compositions == "all" or held_out(chain) == (compositions == "held")
+    chosen = [(k, [c for c in there[k] if wanted(c)]) for k in names]
+    chosen = [(k, chains) for k, chains in chosen if chains or not there[k] and compositions != "held"]
+    if not chosen:
+        raise ValueError(f"--hops {hops} --compositions {compositions}: no such question; five hops need --rich, "
+                         "held-out compositions at least --hops 3")
+    return chosen
+
+
+def write_world(out, split, seed, questions, countries, kinds, rich=False, peel=False):
     """Write one world: corpora, pictures, questions.jsonl and steps.jsonl.
 
     Returns the world and its questions with their photos.
     """
-    world = World(split, seed, countries)
+    world = World(split, seed, countries, rich)
     (out / "flags").mkdir(parents=True, exist_ok=True)
     for i, c in enumerate(world.countries):
         draw_flag(world.flags[c]).save(out / "flags" / f"{i}.png")
@@ -471,20 +546,20 @@ def write_world(out, split, seed, questions, countries, kinds):
         write_lines(out / f"{base}.jsonl", docs)
     photos, rng, rows = Photos(world, out), random.Random(f"{split} questions {seed}"), []
     for i in range(questions):
-        q = world.question(kinds[i % len(kinds)], rng)
+        q = world.question(*kinds[i % len(kinds)], rng)
         rows.append((q, photos.of(q["photo"], rng) if q["photo"] else None))
     rng.shuffle(rows)
-    write_lines(out / "questions.jsonl", (
+    write_lines(out / "steps.jsonl", (
+        {"images": [image] if image else [], "steps": gold_steps(world, q, rng, peel)} for q, image in rows))
+    write_lines(out / "questions.jsonl", (                     # the last file: where it is, the world is whole
         {"id": f"{split}-{seed}-{i}", "question": q["question"], "answer": [q["answer"]], "image": image,
          "kind": q["kind"],
          "hops": [{"query": h["query"], "retriever": RETRIEVERS[h["base"]], "answer": h["answer"]} for h in q["hops"]]}
         for i, (q, image) in enumerate(rows)))
-    write_lines(out / "steps.jsonl", (
-        {"images": [image] if image else [], "steps": gold_steps(world, q, rng)} for q, image in rows))
     return world, rows
 
 
-def write_practice(out, world, rows, seed, amount):
+def write_practice(out, world, rows, seed, amount, peel=False):
     """Write what a tiny model is trained on beside steps.jsonl: the same steps and weak ones with fresh names, and
     practice tasks."""
     rng = random.Random(f"practice {seed}")
@@ -504,7 +579,7 @@ def write_practice(out, world, rows, seed, amount):
             question, answer = look_question(flag, rng)
             q = {"question": question, "answer": answer, "photo": "", "thought": describe(flag)}
             yield {"images": [f"practice/{i}.jpg"], "steps": [final_step(q, [])]}
-    write_lines(out / "fresh.jsonl", renamed(gold_steps))
+    write_lines(out / "fresh.jsonl", renamed(lambda *of: gold_steps(*of, peel)))
     write_lines(out / "weak.jsonl", renamed(weak_steps))
     write_lines(out / "baselines.jsonl", renamed(baseline_steps))
     write_lines(out / "describe.jsonl", descriptions())
@@ -531,7 +606,8 @@ def build_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(split, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    sentences = [" ".join(filter(None, (m.ask, m.stands_for, m.fact, m.need))) for m in MOVES.values()] + ["Which country has more people, or more"]
+    sentences = [" ".join(filter(None, (m.ask, m.stands_for, m.fact, m.need))) for m in MOVES.values()]
+    sentences += ["Which country has more people, or more"]
     sentences += ["need fact enough final answer", "Text Retriever Text Image Retriever Table Retriever None",
                   " ".join((*COLOURS, *SHAPES)),
                   "What colour shape is the emblem? What colour is the top left stripe?",
@@ -556,7 +632,7 @@ def write_shell(out, hidden, layers, heads, kv_heads, inner):
     """Write a model directory without weights: config, tokenizer, picture settings. train.py fills it."""
     tokenizer = build_tokenizer()
     ids = {t: tokenizer.token_to_id(t) for t in CONTROL}
-    turns = hidden // heads // 2                               # rotary pairs of a head: a quarter for time, the rest for
+    turns = hidden // heads // 2                      # rotary pairs of a head: a quarter for time, the rest for
     time, height = turns // 4, (turns - turns // 4) // 2       # height and width
     config = {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
@@ -596,9 +672,15 @@ def main():
     p.add_argument("--questions", type=int, default=500, help="number of questions, the kinds in turn (default 500)")
     p.add_argument("--countries", type=int,
                    help="countries, as many people and cups (default 1200 for train, 300 otherwise)")
-    p.add_argument("--hops", type=int, choices=(2, 3, 4), default=2,
-                   help="2: the standard mix of none to two hops (default); 3 or 4: only questions of that depth")
-    p.add_argument("--kinds", nargs="+", metavar="KIND", help=f"only these kinds of question, whatever --hops says: {', '.join(KINDS)}")
+    p.add_argument("--hops", type=int, choices=(2, 3, 4, 5), default=2,
+                   help="2: the standard mix of none to two hops (default); 3, 4 or, with --rich, 5: only that depth")
+    p.add_argument("--kinds", nargs="+", metavar="KIND",
+                   help=f"only these kinds of question, whatever --hops says: {', '.join(KINDS)}")
+    p.add_argument("--rich", action="store_true", help="a world with more relations, and questions of all chains in it")
+    p.add_argument("--compositions", choices=("all", "train", "held"), default="all",
+                   help="of three and more hops: all (default), those to train on, or those held out (depth study)")
+    p.add_argument("--peel", action="store_true",
+                   help="thoughts say what is left of the question after the answers so far")
     p.add_argument("--practice", type=int, metavar="N",
                    help="also write what a tiny model trains on: fresh names, weak demonstrations, "
                         "N of each practice task")
@@ -607,30 +689,26 @@ def main():
     p.add_argument("--shape", type=int, nargs=5, default=(128, 4, 4, 2, 320), metavar="N",
                    help="of --shell: hidden size, layers, heads, key/value heads, feed-forward")
     p.add_argument("--out", type=Path, help="directory of the world (default data/world, unless --shell is given)")
+    p.error = lambda message: p.exit(2, f"world.py: {message}\n")
     a = p.parse_args()
     try:
         if a.shell:
             write_shell(a.shell, *a.shape)
         if a.out or not a.shell:
             out = a.out or Path("data/world")
-            kinds = a.kinds or list({2: ONE_AND_TWO_HOPS, 3: THREE_HOPS, 4: FOUR_HOPS}[a.hops])
-            if unknown := [k for k in kinds if k not in KINDS]:
-                raise ValueError(f"--kinds: {', '.join(unknown)} unknown; there are {', '.join(KINDS)}")
+            kinds = choose_kinds(RICH_KINDS if a.rich else KINDS, a.kinds, a.hops, a.compositions)
             if a.questions < 1 or (a.countries or 2) < 2:
                 raise ValueError(f"--questions {a.questions} and --countries {a.countries}: at least 1 question and "
                                  "2 countries are needed")
             countries = a.countries or (1200 if a.split == "train" else 300)
-            world, rows = write_world(out, a.split, a.seed, a.questions, countries, kinds)
+            world, rows = write_world(out, a.split, a.seed, a.questions, countries, kinds, a.rich, a.peel)
             if a.practice:
-                write_practice(out, world, rows, a.seed, a.practice)
+                write_practice(out, world, rows, a.seed, a.practice, a.peel)
             passages = ", ".join(f"{len(d)} {b} passages" for b, d in world.corpora.items())
             print(f"{out}: {len(world.countries)} countries, {passages}, {len(rows)} questions "
                   f"needing {sum(len(q['hops']) for q, _ in rows) / len(rows):.2f} retrievals each")
-    except OSError as e:
-        sys.exit(f"world.py: {e}")
-    except ValueError as e:
-        print(f"world.py: {e}", file=sys.stderr)
-        sys.exit(2)
+    except (OSError, ValueError) as e:
+        p.error(str(e))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The embedded world: published formats, disjoint names, facts that the corpora really hold, and pictures that show
 what they should."""
+import hashlib
 import json
+import random
 import re
 import subprocess
 import sys
@@ -95,6 +97,81 @@ def test_deeper_questions_have_that_depth(tmp_path, hops, kinds):
         assert q["kind"].split("-") == [h["retriever"].replace("text image", "image").split()[0] for h in q["hops"]]
 
 
+def test_without_the_depth_study_every_file_is_what_it_was(made):
+    """The sum was computed with the code from before there were --rich and --peel; the shipped weights depend on it."""
+    files = ("baselines", "compare", "copy", "describe", "fresh", "image", "questions", "steps", "table", "text", "weak")
+    assert hashlib.sha256(b"".join((made / "w" / f"{f}.jsonl").read_bytes() for f in files)).hexdigest() == (
+        "60b377da24c116872c56e2542d09a04cd215cbf00b14aa504a4df39f494e736d")
+    vocabulary = lambda path: json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    assert vocabulary(made / "shell") == vocabulary(ROOT / "weights" / "tiny")
+
+
+@pytest.mark.parametrize("chain, thoughts", [
+    (("flag", "leader", "age"), [
+        "need country",
+        "What is the age of the leader of {1}? need leader",
+        "What is the age of {2}? need age",
+        "enough"]),
+    (("winner", "star", "birthplace", "area"), [
+        "need winner",
+        "What is the area of the country where the star of {1} was born? need star",
+        "What is the area of the country where {2} was born? need birthplace",
+        "What is the area of {3}? need area",
+        "enough"]),
+    (("capital", "mayor", "birthplace"), [
+        "need capital",
+        "Where was the leader of {1} born? need leader",
+        "Where was {2} born? need birthplace",
+        "enough"]),
+])
+def test_a_peeled_thought_is_the_question_with_its_inside_answered(chain, thoughts):
+    """Written out by hand; {1}, {2}, {3} are the answers of the hops, looked up in the facts one after the other."""
+    w, rng = world.World("train", 0, 20, rich=True), random.Random(0)
+    q = w.question("deep", [chain], rng)
+    first = q["photo"] or next(e for e, v in w.facts[chain[0]].items() if e in q["question"])
+    values = [first]
+    for move in chain:
+        values.append(w.facts[move][values[-1]])
+    said = lambda peel: [s["thought"] for s in world.gold_steps(w, q, rng, peel) if s["step_type"] == "ret"]
+    assert said(True) == [t.format(*values) for t in thoughts]
+    assert said(False) == [t.split("? ")[-1] for t in thoughts] and q["answer"] == values[-1]
+
+
+def signatures(path):
+    """Each question's sub-questions without their names: its composition, in words."""
+    return [tuple(re.sub(r"[A-Z][a-z]{5}\b", "X", h["query"]) for h in q["hops"]) for q in rows(path / "questions.jsonl")]
+
+
+def test_held_out_compositions_are_not_trained_on_but_their_parts_are(tmp_path):
+    """Three moves in a row that one file has at three hops, the other has at no depth."""
+    common = ["--split", "train", "--countries", 40, "--rich", "--peel", "--practice", 1]
+    for name, more in {"mix": ("--questions", 900), "train": ("--hops", 3, "--compositions", "train", "--questions", 500),
+                       "held": ("--hops", 3, "--compositions", "held", "--questions", 300),
+                       "train4": ("--hops", 4, "--compositions", "train", "--questions", 300)}.items():
+        done = run(*common, *more, "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    three = lambda name: {s[i:i + 3] for s in signatures(tmp_path / name) for i in range(len(s) - 2)}
+    assert len(three("train")) == 34 and len(three("held")) == 17               # by hand: 51 chains of three moves
+    assert not three("held") & (three("train") | three("train4") | three("mix"))
+    pairs = {s for s in signatures(tmp_path / "mix") if len(s) == 2}
+    assert {s[i:i + 2] for s in three("held") for i in (0, 1)} <= pairs
+    # what is trained on says the same: the thoughts of fresh.jsonl hold no held-out question
+    asked = lambda name: {re.sub(r"[A-Z][a-z]{5}\b", "X", row["steps"][0]["problem"])
+                          for row in rows(tmp_path / name / "fresh.jsonl")}
+    assert asked("held") and not asked("held") & (asked("train") | asked("mix"))
+
+
+def test_a_world_with_more_relations_states_each_fact_in_the_base_of_its_move(tmp_path):
+    assert run("--rich", "--hops", 5, "--countries", 40, "--questions", 40, "--out", tmp_path).returncode == 0
+    texts = {b: [d["text"] for d in rows(tmp_path / f"{b}.jsonl")] for b in ("text", "image", "table")}
+    for q in rows(tmp_path / "questions.jsonl"):
+        assert len(q["hops"]) == 5 and q["hops"][-1]["answer"] == q["answer"][0]
+        for hop in q["hops"][1:]:
+            base, (name,) = hop["retriever"].split()[0], names_in(hop["query"])
+            stated = [b for b in texts if any(re.search(rf"\b{name} [^A-Z]*{hop['answer']}\b", t) for t in texts[b])]
+            assert stated == [base], hop
+
+
 def test_problems_are_those_that_the_router_renders(made):
     """Two files that do not import one another write the same prompts: each problem of steps.jsonl is rebuilt by
     infer.py from its predecessors."""
@@ -187,6 +264,8 @@ def test_every_name_is_two_tokens_and_every_number_one(made):
     (("--split", "val", "--countries", 481), "six names each are needed"),
     (("--questions", 0), "--questions 0"),
     (("--kinds", "text", "colour"), "colour unknown"),
+    (("--hops", 5), "five hops need --rich"),
+    (("--compositions", "held", "--rich"), "at least --hops 3"),
 ])
 def test_what_cannot_be_made_is_refused_in_one_line(tmp_path, words, message):
     done = run(*words, "--out", tmp_path / "w")
