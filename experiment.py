@@ -493,7 +493,8 @@ def main():
     p.add_argument("--summary", action="store_true", help="run nothing: summary.json, figures and README from what is "
                    "there")
     a = p.parse_args()
-    scale = QUICK if a.quick else Scale()
+    scale, a.out = QUICK if a.quick else Scale(), a.out.resolve()
+    os.chdir(HERE)                                              # all other paths are the project's
     a.out.mkdir(parents=True, exist_ok=True)
     try:
         if not a.summary:

@@ -712,7 +712,7 @@ def embedded_world(name, split, seed, questions):
         print(f"writing the embedded world to {folder} ...", file=sys.stderr)
         command = [sys.executable, str(HERE / "world.py"), "--split", split, "--seed", str(seed)]
         command += ["--questions", str(questions), "--out", str(folder)]
-        if subprocess.run(command, stdout=sys.stderr).returncode:
+        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
             raise ValueError(f"world.py could not write {folder}: see its message above")
     return folder
 

@@ -101,7 +101,7 @@ def test_the_slope_of_memory_by_hand():
 def test_the_long_run_in_short(world, tmp_path):
     report, _ = soak.soak_memory(FEW, tmp_path, world)             # too short for a verdict on the slope
     assert report["training"]["work"] >= 6 and report["routing"]["work"] >= 117
-    assert all(50 < part["megabytes"] < 5000 for part in report.values())
+    assert all(part["megabytes"] > 50 for part in report.values())
 
 
 def test_a_mistake_is_one_line_and_code_2():
