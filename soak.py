@@ -243,8 +243,9 @@ def memory_of_training(o, folder, world):
     while process.poll() is None:
         time.sleep(0.1)
         with suppress(OSError, IndexError):                               # not begun, or just ended
-            samples.append((log.read_bytes().count(b"\n"), resident(process.pid)))
-            clock.at(samples[-1][0])
+            done, held = log.read_bytes().count(b"\n"), resident(process.pid)
+            samples += [(done, held)] if held else []                     # an ended process holds nothing
+            clock.at(done)
     if process.returncode or not samples:
         raise ValueError(f"the long training ended with code {process.returncode}")
     return slope(samples)
