@@ -18,7 +18,7 @@ demo: .venv/ready data/demo/questions.jsonl
 	$(RUN) infer.py --world data/demo --method router direct static text --show 5 --threads 1
 
 test: .venv/ready-dev
-	$(RUN) -m pytest -q tests
+	$(RUN) -m pytest -q -n 2 --dist loadfile tests
 
 train: .venv/ready data/test/questions.jsonl
 	$(RUN) infer.py --model weights/tiny-warm --world data/test --threads 1

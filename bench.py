@@ -11,8 +11,9 @@
     router     questions in batch                                                  one by one
 
 A figure is the median of rounds in which the ways take turns, so that a slow spell of the machine meets all of them.
-The last line is one JSON object: {"shapes", "load", "figures": {part: {name: figure}}, "ratio": {"part name": times
-better than the peer}, "machine"}. Real shapes (3b, 7b) are updated without a peer: their memory is what is asked.
+The last line is one JSON object: {"command", "shapes", "load", "figures": {part: {name: figure}}, "ratio": {"part
+name": times better than the peer}, "machine"}. Real shapes (3b, 7b) are updated without a peer: their memory is what
+is asked.
 
 Legend of shapes: N prompts   n samples of a prompt   P prompt tokens   L response tokens   V vocabulary
                   Q queries   D dimension of a vector
@@ -86,7 +87,7 @@ def shape(hidden, layers, heads, kv_heads, inner, vocab, tower, tied=True):
 
 
 PUBLISHED_TOWER = (32, 1280, 3420, 16, 14, 112, [7, 15, 23, 31])
-SHAPES = {"tiny": shape(128, 4, 4, 2, 320, 900, (2, 64, 128, 2, 8, 32, [1])),          # as the embedded world's model
+SHAPES = {"tiny": shape(96, 4, 4, 2, 256, 900, (2, 64, 128, 2, 8, 32, [1])),
           "d512": shape(512, 10, 8, 2, 1408, 4096, (4, 128, 256, 4, 14, 112, [3])),
           "3b": shape(2048, 36, 16, 2, 11008, 151_936, PUBLISHED_TOWER),
           "7b": shape(3584, 28, 28, 4, 18944, 152_064, PUBLISHED_TOWER, tied=False)}
@@ -795,7 +796,8 @@ def main(argv=None):
                 print_line(f)
                 figures.setdefault(part, {})[f.pop("name")] = f
         ratio = {f"{part} {name}": f["ratio"] for part in figures for name, f in figures[part].items() if "ratio" in f}
-        print(json.dumps({"shapes": o.shape, "load": asdict(o.load), "figures": figures, "ratio": ratio,
+        print(json.dumps({"command": " ".join(["bench.py", *(sys.argv[1:] if argv is None else argv)]),
+                          "shapes": o.shape, "load": asdict(o.load), "figures": figures, "ratio": ratio,
                           "machine": machine(o.device)}))
     except ValueError as e:
         print(f"bench.py: {e}", file=sys.stderr)

@@ -31,7 +31,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from model import load_picture, read_json, usable_device, weight_files
+from model import WEIGHT_TYPES, load_picture, read_json, usable_device, weight_files
 
 # ------------------------------------------------------------------------------------------------------ small parts
 
@@ -370,11 +370,13 @@ def load_weights(module, path, names, unused):
                         name = re.sub(pattern, ours, name)
                     if re.search(unused, name):
                         continue
-                    shape = list(tensors.get_slice(key).get_shape())
+                    shape, kind = list(tensors.get_slice(key).get_shape()), tensors.get_slice(key).get_dtype()
                     if name not in wanted:
                         problems.append(f"unexpected: {key}")
                     elif shape != list(wanted[name].shape):
                         problems.append(f"shape {shape} instead of {list(wanted[name].shape)}: {key}")
+                    elif kind not in WEIGHT_TYPES:
+                        problems.append(f"of type {kind} instead of {', '.join(WEIGHT_TYPES)}: {key}")
                     state[name] = tensors.get_tensor(key).float()
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: not a readable safetensors file ({error}); is the download complete?") from None

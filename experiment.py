@@ -7,7 +7,7 @@ What flows through this file:
     main        Step-GRPO, outcome-only GRPO, more of the same supervision, rejection sampling
     collapse    how a route dies when step prompts are not balanced, and what helps
     ablation    parts of the reward, the deviation, KL, group size, updates a batch, price of a retrieval, gold history
-    depth       three and four hops: trained compositions, unseen ones, unseen depth
+    depth       three hops and more: trained compositions, unseen ones, unseen depth
     cost        pipelines that route and that do not: model calls, tokens and seconds of a question
 
 Jobs run two at a time, each on one core, and count the time of the processor, which other work on the machine hardly
@@ -21,12 +21,13 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -40,7 +41,7 @@ SEEDS = (0, 1, 2)
 class Scale:
     """How large everything is. Minutes are of the processor."""
     name: str = "experiment"        # of the folders under data and runs
-    main: float = 10.0              # minutes of a main run
+    main: float = 6.0               # minutes of a main run
     ablation: float = 3.0           # minutes of any other training
     steps: int = 100_000            # updates at most
     train: int = 3000               # questions of the training world
@@ -50,17 +51,22 @@ class Scale:
     countries: int = 0              # of every world; 0: as world.py has it
     rounds: int = 5                 # of rejection sampling
     sampled: int = 1000             # questions of a round
+    deep: int = 8000                # questions of each depth to train on
+    deep_steps: int = 2000          # updates of a training for depth
+    deep_test: int = 260            # questions of each test of depth
     val_every: int = 25             # updates between validations
     seeds: tuple = SEEDS
     flags: tuple = ()               # more options of every training
 
 
 QUICK = Scale(name="experiment-quick", main=0, ablation=0, steps=2, train=39, weak=39, val=13, test=26, countries=40,
-              rounds=1, sampled=13, val_every=2, seeds=(0,), flags=("--prompts", 6, "--group", 2, "--open-questions", 12))
+              rounds=1, sampled=13, deep=39, deep_steps=2, deep_test=20, val_every=2, seeds=(0,),
+              flags=("--prompts", 6, "--group", 2, "--open-questions", 12))
 
 STEP = "Step-GRPO"
 COLLAPSE = {                        # options beside those of Step-GRPO
     "not balanced": ("--no-balance",),
+    "not balanced, no rest, sampled once": ("--no-balance", "--rest", 0, "--tries", 1),
     "not balanced, entropy bonus 0.05": ("--no-balance", "--entropy-coef", 0.05),
     "not balanced, KL 0.05": ("--no-balance", "--kl-coef", 0.05),
     "not balanced, temperature 1.3": ("--no-balance", "--temperature", 1.3),
@@ -85,6 +91,20 @@ ABLATION = {
     "exact match with gold hops": ("--match", 0.999),
     "a random candidate is followed": ("--follow", "random"),
 }
+# Depth. With --rich a world has 15 moves in place of 12, and questions go all ways through them. What a recipe trains
+# on leaves out a third of the compositions of three hops, also inside of longer ones.
+RICH, PEEL, TRAIN, HELD = "--rich", "--peel", ("--compositions", "train"), ("--compositions", "held")
+DEPTH = {                           # name of a recipe -> options of its worlds, its training worlds {hops: weight}
+    "to three hops": ((RICH, PEEL), {2: 4, 3: 6}),
+    "to three hops, thoughts that do not peel": ((RICH,), {2: 4, 3: 6}),
+    "to three hops, fewer relations": ((PEEL,), {2: 4, 3: 6}),
+    "to four hops": ((RICH, PEEL), {2: 3, 3: 3, 4: 4}),
+}
+DEPTH_TESTS = {                     # name of a test -> options of its world
+    "two hops": ("--hops", 2), "three": ("--hops", 3, *TRAIN), "three, unseen": ("--hops", 3, *HELD),
+    "four": ("--hops", 4, *TRAIN), "four, unseen": ("--hops", 4, *HELD), "five": ("--hops", 5),
+}
+PARTS = ("main", "collapse", "ablation", "depth", "cost")
 PIPELINES = ("router", "oracle", "static", "text", "image", "table", "direct")
 
 
@@ -94,7 +114,7 @@ class Job:
     name: str
     seed: int
     kind: str                       # a key of KINDS: how it is run
-    minutes: float = 0.0
+    minutes: float = 0.0            # of training; for depth, which counts updates, about
     flags: tuple = ()
 
 
@@ -117,6 +137,7 @@ def plan(scale):
     for part, names in (("collapse", COLLAPSE), ("ablation", ABLATION)):
         jobs += [Job(part, name, seed, "grpo", scale.ablation, flags)
                  for name, flags in names.items() for seed in scale.seeds]
+    jobs += [Job("depth", name, seed, "depth", scale.deep_steps / 400) for name in DEPTH for seed in scale.seeds]
     return jobs + [Job("cost", method, 0, "eval", flags=("weights/tiny", method)) for method in PIPELINES]
 
 
@@ -150,9 +171,33 @@ def rejection(job, scale):
                                 "--seed", job.seed, "--max-new-tokens", 64, "--out", f"{folder}.jsonl",
                                 "--write-steps", f"{folder}-steps.jsonl", "--keep", "correct"))
         commands.append(command("train.py", "sft", *training(job, scale, folder, model, scale.rounds),
-                                "--learning-rate", 3e-4, "--data", f"{folder}-steps.jsonl"))
+                                "--data", f"{folder}-steps.jsonl"))
         model = folder / "last"
     return [*commands, test(job, model, scale)]
+
+
+def depth(job, scale):
+    """Teach weights/tiny longer questions by supervision, then ask it for those of each depth."""
+    (options, mix), out = DEPTH[job.name], folder_of(job, scale)
+    home = {hops: f"data/{scale.name}/{deep('train', options, ('--hops', hops, *TRAIN))}" for hops in mix}
+    files = [f"{home[hops]}/fresh.jsonl={weight}" for hops, weight in mix.items()]
+    files += [f"{home[2]}/{task}.jsonl={weight}" for task, weight in (("copy", 2), ("describe", 2), ("compare", 1))]
+    return [command("train.py", "sft", "--model", "weights/tiny", "--seed", job.seed, "--threads", 1,
+                    "--steps", scale.deep_steps, "--learning-rate", 5e-4, "--warmup", 50, "--log-every", 100,
+                    "--save-every", scale.deep_steps, "--out", out, "--data", *files),
+            *(test(job, out / "last", scale, world=deep("test", options, more))
+              for more in deep_tests(options).values())]
+
+
+def deep_tests(options):
+    """The tests for worlds of these options: {name: more options}. Five hops need the more relations."""
+    return {name: more for name, more in DEPTH_TESTS.items() if name != "five" or RICH in options}
+
+
+def deep(split, options, more):
+    """Name of a world of the depth part. What is only asked has no thoughts to peel."""
+    words = [str(w).strip("-") for w in (*options, *more) if (split, w) != ("test", PEEL)]
+    return "-".join(["depth", split, *(w for w in words if w not in ("hops", "compositions"))])
 
 
 def training(job, scale, out, model="weights/tiny-warm", parts=1):
@@ -165,32 +210,44 @@ def training(job, scale, out, model="weights/tiny-warm", parts=1):
             "--out", out)
 
 
-def test(job, model, scale, method="router"):
-    """The one use of the test world."""
-    return command("infer.py", "--model", model, "--world", f"data/{scale.name}/test", "--method", method,
-                   "--threads", 1, "--limit", scale.test, "--out", f"{folder_of(job, scale)}.test.jsonl", "--json")
+def test(job, model, scale, method="router", world="test"):
+    """The one use of a test world."""
+    size, more = (scale.deep_test, ("--max-steps", 6)) if job.kind == "depth" else (scale.test, ())
+    return command("infer.py", "--model", model, "--world", f"data/{scale.name}/{world}", "--method", method,
+                   "--threads", 1, "--limit", size, *more, "--out", f"{folder_of(job, scale)}.{world}.jsonl", "--json")
 
 
-KINDS = {"grpo": grpo, "sft": sft, "rejection": rejection,
+KINDS = {"grpo": grpo, "sft": sft, "rejection": rejection, "depth": depth,
          "eval": lambda job, scale: [test(job, job.flags[0], scale, job.flags[1])]}
 
 
 def worlds(scale):
-    """Write the worlds of the experiment, those that are not there yet, and build their bases."""
-    places = [("train", "train", 0, scale.train), ("weak", "train", 0, scale.weak), ("val", "val", 0, scale.val),
-              ("test", "test", 3000, scale.test)]
-    places += [(f"round-{i}", "train", 100 + i, scale.sampled) for i in range(scale.rounds)]
-    for name, split, seed, questions in places:
+    """All worlds of the experiment: {name: options of world.py}."""
+    of = lambda split, seed, questions, *more: ("--split", split, "--seed", seed, "--questions", questions, *more)
+    places = {"train": of("train", 0, scale.train), "weak": of("train", 0, scale.weak, "--practice", 1),
+              "val": of("val", 0, scale.val), "test": of("test", 3000, scale.test)}
+    places |= {f"round-{i}": of("train", 100 + i, scale.sampled) for i in range(scale.rounds)}
+    for options, mix in DEPTH.values():
+        for more in (("--hops", hops, *TRAIN) for hops in mix):
+            places[deep("train", options, more)] = of("train", 0, scale.deep, *options, *more, "--practice",
+                                                      max(scale.deep // 5, 1))
+        for more in deep_tests(options).values():
+            places[deep("test", options, more)] = of("test", 3000, scale.deep_test, *options, *more)
+    return places
+
+
+def write_worlds(scale):
+    """Write the worlds of the experiment, those that are not there yet, and build the bases that are searched."""
+    from infer import world_bases                   # here, since it takes torch with it
+    for name, options in worlds(scale).items():
         out = Path("data") / scale.name / name
-        if not (out / "questions.jsonl").is_file():
+        if not (HERE / out / "questions.jsonl").is_file():
             more = ("--countries", scale.countries) if scale.countries else ()
-            more += ("--practice", 1) if name == "weak" else ()
-            done = subprocess.run(command("world.py", "--split", split, "--seed", seed, "--questions", questions,
-                                          "--out", out, *more), cwd=HERE, stdout=subprocess.DEVNULL)
+            done = subprocess.run(command("world.py", *options, *more, "--out", out), cwd=HERE,
+                                  stdout=subprocess.DEVNULL)
             if done.returncode:
                 raise ValueError(f"world.py could not write {out}: see its message above")
-        from infer import world_bases               # here, since it takes torch with it
-        if name != "weak":
+        if "--practice" not in options:             # a world with practice is only read by sft
             world_bases(HERE / out)
 
 
@@ -214,8 +271,9 @@ def machine():
 
 
 def run(job, scale):
-    """Run a job's commands one after the other; the last one's last line is the result. Returns its row."""
-    commands, seconds, log = KINDS[job.kind](job, scale), 0.0, Path(f"{folder_of(job, scale)}.log")
+    """Run a job's commands one after the other; a test's last line is its result. Returns the job's row."""
+    commands, seconds, results = KINDS[job.kind](job, scale), 0.0, []
+    log = Path(f"{folder_of(job, scale)}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     for words in commands:
         with open(log, "a") as f:
@@ -231,13 +289,20 @@ def run(job, scale):
         if process.returncode:
             raise RuntimeError(f"{job.part}, {job.name}, seed {job.seed}: {words[1]} ended with "
                                f"{process.returncode}; see {log}")
-    result = json.loads(said.strip().splitlines()[-1])
+        if "--json" in words:
+            results.append(json.loads(said.strip().splitlines()[-1]))
+    tests = {"test": results[-1]}
+    if job.kind == "depth":
+        tests = {"tests": dict(zip(deep_tests(DEPTH[job.name][0]), results))}
     return {**asdict(job), "fingerprint": fingerprint(commands), "commands": [" ".join(c[1:]) for c in commands],
             **machine(), "finished": time.strftime("%Y-%m-%d"), "cpu_seconds": round(seconds),
-            "curve": curve(job, scale), "routes": routes(folder_of(job, scale) / "log.jsonl"), "test": result}
+            "curve": curve(job, scale), "routes": routes(folder_of(job, scale) / "log.jsonl"), **tests}
 
 
 RUNNING = []
+
+
+CURVES = ("f1_recall", "route_accuracy", "retrievals", "malformed")
 
 
 def curve(job, scale):
@@ -252,12 +317,15 @@ def curve(job, scale):
             continue
         sampled = Path(f"{folder}.jsonl")                      # of a round of rejection sampling
         if sampled.is_file():
-            tokens += sum(json.loads(line)["cost"]["generated_tokens"] for line in open(sampled))
+            costs = [json.loads(line)["cost"] for line in open(sampled)]
+            tokens += sum(cost["generated_tokens"] for cost in costs)
+            before += sum(cost["seconds_model"] + cost["seconds_search"] for cost in costs)
         for row in map(json.loads, open(folder / "log.jsonl")):
             seconds = row["seconds"]
             if "validation" in row:
-                points.append({"seconds": round(before + seconds, 1), "tokens": tokens, "step": row["step"],
-                               **row["validation"]})
+                found = {k: row["validation"][k] for k in CURVES if k in row["validation"]}
+                points.append({**found, "seconds": round(before + seconds, 1), "tokens": tokens,
+                               "step": row["step"]})
             elif job.kind == "grpo":
                 tokens += row["tokens"]
         before += seconds
@@ -297,9 +365,11 @@ def execute(jobs, scale, out, side_by_side):
             with open(out / f"{job.part}.jsonl", "a") as f:
                 f.write(json.dumps(row) + "\n")
             count, left = count + 1, left - job.minutes
-            print(f"{count}/{len(waiting)}  {job.part}: {job.name}, seed {job.seed}: F1-Recall "
-                  f"{row['test']['f1_recall']:.3f}   {(time.time() - started) / 60:.0f} min, about "
-                  f"{left * 1.25 / side_by_side:.0f} min left", flush=True)
+            tests = row["tests"] if "tests" in row else {"": row["test"]}
+            scores = ", ".join(f"{name} {t['f1_recall']:.3f}".strip() for name, t in tests.items())
+            minutes, rest = (time.time() - started) / 60, left * 1.25 / side_by_side
+            print(f"{count}/{len(waiting)}  {job.part}: {job.name}, seed {job.seed}: F1-Recall {scores}   "
+                  f"{minutes:.0f} min, about {rest:.0f} min left", flush=True)
     with ThreadPoolExecutor(side_by_side) as pool:
         futures = [pool.submit(one, job) for job in waiting]
         try:
@@ -325,12 +395,16 @@ def summary(out, scale):
         for row in results_of(part, out):
             if wanted.get((part, row["name"], row["seed"])) == row["fingerprint"]:
                 by_name.setdefault(row["name"], {})[row["seed"]] = row
-        whole[part] = {name: over_seeds([rows[s] for s in sorted(rows)]) for name, rows in by_name.items()}
+        whole[part] = {name: over_seeds([rows[s] for s in sorted(rows)]) for name, rows in by_name.items()
+                       if part != "depth"}
+        if part == "depth":                         # several tests a run
+            whole[part] = {name: {t: over_seeds([{**rows[s], "test": rows[s]["tests"][t]} for s in sorted(rows)])
+                                  for t in rows[min(rows)]["tests"]} for name, rows in by_name.items()}
     return whole
 
 
 SCORES = ("f1_recall", "em", "f1", "route_accuracy", "retrievals", "gold_retrievals", "malformed", "model_calls",
-          "tokens", "seconds")
+          "tokens_read", "tokens_written", "seconds", "seconds_model", "seconds_search")
 
 
 def over_seeds(rows):
@@ -380,19 +454,21 @@ def table(header, rows):
 
 
 def shown(score, form=".3f"):
-    """A score over seeds: the mean, and each seed's where there are several."""
+    """A score over seeds: the mean, and where there are several the deviation and each seed's."""
     if score is None:
         return "-"
+    if score["sd"] is None:
+        return format(score["mean"], form)
     each = " / ".join(format(v, form) for v in score["seeds"])
-    return format(score["mean"], form) + (f" ({each})" if len(score["seeds"]) > 1 else "")
+    return f"{score['mean']:{form}} ± {score['sd']:{form}} ({each})"
 
 
 def configurations(names):
     """{name: scores over seeds} -> a table, a line a configuration."""
     million = lambda tokens: "-" if None in tokens or not any(tokens) else f"{mean(tokens) / 1e6:.2f} M"
     return table(
-        ["", "F1-Recall, mean (each seed)", "exact", "routing", "retrievals", "malformed", "worst kind of any seed",
-         "tokens sampled"],
+        ["", "F1-Recall, mean ± sd (each seed)", "exact", "routing", "retrievals", "malformed",
+         "worst kind of any seed", "tokens sampled"],
         [[name, shown(s["f1_recall"]), shown(s["em"]).split()[0], shown(s.get("route_accuracy")).split()[0],
           shown(s["retrievals"], ".2f").split()[0], shown(s["malformed"]).split()[0],
           f"{s['worst_kind'][1]} {s['worst_kind'][0]:.2f}", million(s["tokens_sampled"])] for name, s in names.items()])
@@ -402,32 +478,61 @@ def by_kind(names):
     """F1-Recall by kind and number of hops, means over seeds; a column a configuration."""
     first = next(iter(names.values()))
     rows = [[kind, *(f"{mean(s['by_kind'][kind]):.2f}" for s in names.values())] for kind in sorted(first["by_kind"])]
-    rows += [[f"{h} hops", *(f"{mean(s['by_hops'][h]):.2f}" for s in names.values())] for h in sorted(first["by_hops"])]
+    rows += [[f"{h} hop{'s' * (h != '1')}", *(f"{mean(s['by_hops'][h]):.2f}" for s in names.values())]
+             for h in sorted(first["by_hops"])]
     return table(["", *names], rows)
 
 
+def depths(names):
+    """F1-Recall of each test of depth: mean over seeds, and each; a line a recipe."""
+    return table(["trained on two hops and", *DEPTH_TESTS],
+                 [[name.removeprefix("to "), *(shown(tests[t]["f1_recall"], ".2f") if t in tests else "-"
+                                               for t in DEPTH_TESTS)] for name, tests in names.items()])
+
+
 def costs(names):
-    """What a question costs, by pipeline, and F1-Recall a second."""
-    f = lambda s, name, form: shown(s.get(name), form)
-    return table(["", "F1-Recall", "model calls", "tokens", "seconds", "F1-Recall a second"],
-                 [[name, f(s, "f1_recall", ".3f"), f(s, "model_calls", ".2f"), f(s, "tokens", ".0f"),
-                   f(s, "seconds", ".4f"), f"{s['f1_recall']['mean'] / s['seconds']['mean']:.0f}"]
+    """What a question costs, by pipeline, and quality per second."""
+    form = {"f1_recall": ".3f", "model_calls": ".2f", "retrievals": ".2f", "tokens_read": ".0f",
+            "tokens_written": ".0f"}
+    cell = lambda s, name: f"{1e3 * s[name]['mean']:.2f}" if "seconds" in name else shown(s[name], form[name])
+    columns = (*form, "seconds_model", "seconds_search")
+    return table(["", "F1-Recall", "model calls", "searches", "tokens read", "written", "model ms", "search ms",
+                  "F1-Recall per second"],
+                 [[name, *(cell(s, c) for c in columns), f"{s['f1_recall']['mean'] / s['seconds']['mean']:.0f}"]
                   for name, s in names.items()])
 
 
-def collapse_numbers(out, names=("balanced", "not balanced"), at=(10, 50, 100, 200)):
-    """What a group sees: how often the picture base is asked for, its share of the prompts, and of its groups the mixed
-    ones, early and late; means over seeds."""
+def speeds(lines):
+    """The JSON lines of bench.py -> a table, a line a figure; of a figure measured twice the later one."""
+    number = lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+    found = {(part, name): (f, line["command"]) for line in lines for part, figures in line["figures"].items()
+             for name, f in figures.items()}
+
+    def against(f):
+        spread = f" ({f['rounds'][0]:.2f} to {f['rounds'][1]:.2f})" if "rounds" in f else ""
+        return f"{f['ratio']:.2f} × {f['peer']}{spread}" if "ratio" in f else ""
+    verdict = lambda f: f"{f['goal'].replace('>=', 'at least').replace('<=', 'at most')}" + (
+        "" if f["met"] else ": missed") if "goal" in f else ""
+    return table(["command", "what", "ours", "against: median (rounds)", "goal"],
+                 [[f"`{command}`", name, f"{number(f['value'])} {f['unit']}", against(f), verdict(f)]
+                  for (_, name), (f, command) in found.items()])
+
+
+def collapse_numbers(out, names=("not balanced, no rest, sampled once", "not balanced", "balanced"),
+                     at=(10, 30, 50, 100, 150)):
+    """What groups see of the base of pictures, early and late; means over seeds. The chance p that a prompt of its own
+    asks for it is at most its share of what is asked over its share of the prompts."""
     rows = []
     for name in names:
         seeds = [row["routes"] for row in results_of("collapse", out) if row["name"] == name]
-        for step in at:
+        for step in at if seeds else ():
             bins = [b for bins in seeds for b in bins if b["step"] == step]
             known = lambda key: [b[f"{key}:text image"] for b in bins if b.get(f"{key}:text image") is not None]
-            rows.append([name, step, *(f"{mean(known(k)):.1%}" if known(k) else "none drawn"
-                                       for k in ("prompts", "asked", "route", "mixed"))])
-    return table(["", "update", "share of the routing prompts", "share of all that is asked for",
-                  "right base sampled on them", "of their groups mixed"], rows)
+            prompts, asked, mixed = (mean(known(key)) if known(key) else 0.0 for key in ("prompts", "asked", "mixed"))
+            p = min(1.0, asked / prompts) if prompts else 0.0
+            rows.append([name, step, f"{prompts:.1%}", f"{asked:.1%}", f"{p:.2f}", f"{mixed:.0%}"])
+    return table(["", "update", "share of the routing prompts", "share of all that is asked for", "so p is at most",
+                  "of its groups mixed"], rows)
 
 
 def sections(whole, out):
@@ -447,6 +552,10 @@ def sections(whole, out):
         parts["group"] = collapse_numbers(out)
     if whole.get("cost"):
         parts["cost"] = costs(whole["cost"])
+    if bench := results_of("bench", out):
+        parts["speed"] = speeds(bench)
+    if whole.get("depth"):
+        parts["depth"] = depths(whole["depth"])
     return parts
 
 
@@ -478,40 +587,48 @@ def figures(out):
             label = row["name"]
             runs.append(report.Run(f"{label}-{row['seed']}", label, {"seed": row["seed"]},
                                    points if part == "main" else bins, []))
-        if runs:
-            for x in ("seconds", "tokens") if part == "main" else ("steps",):
-                report.curves(runs, out / f"{name}-{x}.png", x=x, y=y, columns=2)
+        for x in ("seconds", "tokens") if part == "main" else ("steps",):
+            # sft samples nothing: over tokens it has no line
+            shown = [run if x != "tokens" or run.rows[-1]["sampled"] else replace(run, rows=[]) for run in runs]
+            if shown:
+                report.curves(shown, out / f"{name}-{x}.png", x=x, y=y, columns=2)
+
+
+def stop(number, frame):
+    """A signal ends the plan; `execute` passes it on to the runs, which save behind the update under way."""
+    raise KeyboardInterrupt(number)
 
 
 def main():
     p = argparse.ArgumentParser(description="Run the whole experiment, or go on with it.")
     p.add_argument("--quick", action="store_true", help="the same plan at toy scale: it shows that everything runs")
-    p.add_argument("--parts", nargs="+", default=["main", "collapse", "ablation", "cost"],
-                   choices=("main", "collapse", "ablation", "cost"), help="only these parts")
+    p.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="only these parts")
     p.add_argument("--jobs", type=int, default=2, help="jobs side by side (default 2)")
     p.add_argument("--out", type=Path, default=Path("results"), help="folder of the results (default results)")
-    p.add_argument("--summary", action="store_true", help="run nothing: summary.json, figures and README from what is "
-                   "there")
+    p.add_argument("--summary", action="store_true", help="run nothing: summary.json, figures and the README's tables "
+                   "from what is there")
     a = p.parse_args()
     scale, a.out = QUICK if a.quick else Scale(), a.out.resolve()
     os.chdir(HERE)                                              # all other paths are the project's
     a.out.mkdir(parents=True, exist_ok=True)
+    for number in (signal.SIGINT, signal.SIGTERM):              # also where a shell started this in its background
+        signal.signal(number, stop)
     try:
         if not a.summary:
-            worlds(scale)
+            write_worlds(scale)
             jobs = [j for j in plan(scale) if j.part in a.parts]
             execute([j for j in jobs if j.part != "cost"], scale, a.out, a.jobs)
             execute([j for j in jobs if j.part == "cost"], scale, a.out, 1)              # what is timed runs alone
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("experiment.py: stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + stopped.args[0])
     except (RuntimeError, ValueError, OSError) as e:
         print(f"experiment.py: {e}", file=sys.stderr)
         sys.exit(2)
     whole = summary(a.out, scale)
     (a.out / "summary.json").write_text(json.dumps({**whole, "goals": goals(whole)}, indent=1) + "\n")
+    figures(a.out)
     if a.summary:
-        figures(a.out)
         readme = HERE / "README.md"
         readme.write_text(fill(readme.read_text(), sections(whole, a.out)))
     print(json.dumps({"parts": {part: len(names) for part, names in whole.items()}, "goals": goals(whole)}))

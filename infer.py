@@ -24,13 +24,12 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import zlib
 from collections import Counter, deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice, zip_longest
@@ -39,8 +38,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from model import VLM, Processor, inside, load_picture
-from retrieve import MAX_ROW, KnowledgeBase, OneLineParser, load_or_build
+from model import VLM, Processor, inside, load_picture, usable_device
+from retrieve import (MAX_ROW, KnowledgeBase, OneLineParser, code_of, load_or_build, sole_writer,
+                      stop_on_sigterm)
 from score import (ROUTING, answer_scores, check_names, exact_match, gold_routes, golds_of, overview, plans_of,
                    predicted, print_results, printable, score_row, score_table, write_table, write_whole)
 from steps import (BASE_OF, BASES, NONE, PREFIX, PROMPTS, ROUTES, AnswerStep, RouteStep, StepError,
@@ -676,6 +676,7 @@ def load_prompts(path):
     else:
         try:
             prompts = json.loads(Path(path).read_text(encoding="utf-8"))
+            as_text(prompts)
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: cannot be read ({error}): give a prompts.json or a .jsonl of steps") from None
     if not isinstance(prompts, dict) or not all(k in PROMPTS and isinstance(v, str) for k, v in prompts.items()):
@@ -706,14 +707,17 @@ def world_bases(folder, names=BASES):
 
 
 def embedded_world(name, split, seed, questions):
-    """The folder data/`name` with a world of its own, written by world.py on first use."""
+    """The folder data/`name` with a world of its own, written by world.py on first use: of several processes that come
+    at once by one, while the others wait. Its last file is questions.jsonl."""
     folder = HERE / "data" / name
-    if not (folder / "questions.jsonl").is_file():
-        print(f"writing the embedded world to {folder} ...", file=sys.stderr)
-        command = [sys.executable, str(HERE / "world.py"), "--split", split, "--seed", str(seed)]
-        command += ["--questions", str(questions), "--out", str(folder)]
-        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-            raise ValueError(f"world.py could not write {folder}: see its message above")
+    whole = (folder / "questions.jsonl").is_file
+    with nullcontext() if whole() else sole_writer(folder, check=lambda _: None):
+        if not whole():
+            print(f"writing the embedded world to {folder} ...", file=sys.stderr)
+            command = [sys.executable, str(HERE / "world.py"), "--split", split, "--seed", str(seed)]
+            command += ["--questions", str(questions), "--out", str(folder)]
+            if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+                raise ValueError(f"world.py could not write {folder}: see its message above")
     return folder
 
 
@@ -912,7 +916,9 @@ class Chat:
                         self.ask(line)
                 except (ValueError, OSError) as error:
                     print(f"infer.py: {error}", file=sys.stderr)
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, KeyboardInterrupt) as end:
+            if isinstance(end, KeyboardInterrupt) and code_of(end) != 130:         # SIGTERM
+                raise
             print(file=sys.stderr)
 
     def command(self, name, value):
@@ -1012,6 +1018,8 @@ def check_flags(args):
     for name, least in (("threads", 0), ("show", 0), ("shots", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} is {getattr(args, name)}: give at least {least}")
+    if args.threads > 1024:                                  # OpenMP ends the process where it cannot start so many
+        raise ValueError(f"--threads is {args.threads}: give at most 1024")
 
 
 def check_files(args):
@@ -1026,7 +1034,6 @@ def check_files(args):
             if path == other and (first in written or first == flag):
                 raise ValueError(f"{path} is given twice (--{first.replace('_', '-')}, --{flag.replace('_', '-')}): "
                                  "name another file")
-
 
 
 def answer_command(args):
@@ -1079,14 +1086,6 @@ def evaluate_command(routers, questions, faults, args):
     if args.write_steps:
         kept = write_steps(args.write_steps, answered, routers[0].prompts, args.keep)
         print(f"{args.write_steps}: steps of {kept} of {len(answered)} trajectories", file=sys.stderr)
-
-
-def usable_device(name):
-    """The torch device of that name; ValueError where this machine has none."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
 
 
 def one_question(args, world):
@@ -1245,12 +1244,12 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"infer.py: {printable(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("\ninfer.py: stopped; with --out, the same command continues", file=sys.stderr)
-        return 130
+        return code_of(stop)
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    stop_on_sigterm()
     sys.exit(main())

@@ -27,6 +27,7 @@ import functools
 import json
 import math
 import os
+import struct
 import warnings
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
@@ -596,6 +597,9 @@ class NextToken:
         return self.logits
 
 
+WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")  # others are quantized, and mean nothing without their scales
+
+
 class VLM(nn.Module):
     """The vision-language model: `visual` makes tokens of pictures, `model` reads them among the words, the head names
     the next token."""
@@ -659,10 +663,13 @@ class VLM(nn.Module):
                         if name not in missing:
                             problems.append(f"{'twice' if name in expected else 'unexpected'}: {key}")
                             continue
-                        shape = f.get_slice(key).get_shape()
+                        shape, kind = f.get_slice(key).get_shape(), f.get_slice(key).get_dtype()
                         missing.discard(name)
                         if list(shape) != list(expected[name].shape):
                             problems.append(f"shape {shape} instead of {list(expected[name].shape)}: {key}")
+                            continue
+                        if kind not in WEIGHT_TYPES:
+                            problems.append(f"of type {kind} instead of {', '.join(WEIGHT_TYPES)}: {key}")
                             continue
                         set_parameter(vlm, name, f.get_tensor(key).to(device=device, dtype=dtype))
                         if not finite(vlm.get_parameter(name)):
@@ -695,6 +702,7 @@ class VLM(nn.Module):
             names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         for name, shard in zip(names, shards):
             save_file(shard, path / (name + ".new"), metadata={"format": "pt"})
+            settle(path / (name + ".new"))
             os.replace(path / (name + ".new"), path / name)
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(p.nbytes for s in shards for p in s.values())},
@@ -813,7 +821,7 @@ class VLM(nn.Module):
             noise = torch.rand(B, max_new_tokens, generator=generator, device=device)
         rows = torch.arange(B, device=device)                         # which rows of the result are still in the batch
         live = torch.ones(B, dtype=torch.bool, device=device)         # of those: not finished, as a sibling may be
-        with fused_qkv(self.model):
+        with fused_qkv(self.model), torch.inference_mode():           # of no_grad's kind, with less ado an operation
             cache, hidden, position = self.prefill(input_ids, attention_mask, pixel_values, image_grid_thw)
             cache.share(n, max_new_tokens, static)
             step = NextToken(self, cache, position.repeat_interleave(n))
@@ -925,7 +933,19 @@ def write_json(path, value):
     """Write JSON beside the file, then rename: a reader never sees half of it."""
     new = Path(str(path) + ".new")
     new.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    settle(new)
     os.replace(new, path)
+
+
+def settle(*paths):
+    """Return when these files, and the names in these folders, are on the disk. A system writes when it likes and may
+    rename first: after a crash of the machine a renamed file that was not settled can be empty."""
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
 
 
 def retyped(raw, dtype):
@@ -1060,6 +1080,7 @@ def save_adapter(vlm, path):
     if not tensors:
         raise ValueError("save_adapter: this model has no adapter; call add_lora first")
     save_file(tensors, path / "adapter_model.safetensors.new", metadata={"format": "pt"})
+    settle(path / "adapter_model.safetensors.new")
     os.replace(path / "adapter_model.safetensors.new", path / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0, **vlm.lora}
     write_json(path / "adapter_config.json", config)
@@ -1093,6 +1114,8 @@ def load_adapter(vlm, path):
     try:
         with safe_open(file, framework="pt", device="cpu") as f:
             for key in f.keys():
+                if (kind := f.get_slice(key).get_dtype()) not in WEIGHT_TYPES:
+                    raise ValueError(f"{file}: {key} is of type {kind} instead of {', '.join(WEIGHT_TYPES)}")
                 theirs[our_name(key.removeprefix("base_model.model.")).removesuffix(".weight")] = f.get_tensor(key)
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{file}: not a readable safetensors file ({e})") from None
@@ -1157,24 +1180,26 @@ def load_picture(image):
     """A path or a PIL picture -> PIL RGB, turned upright by its EXIF note. Raises ValueError that names a file that is
     no picture of the formats PICTURES, or that unpacks to more than Pillow's limit of 90 million pixels."""
     try:
-        if not isinstance(image, Image.Image):
-            if os.path.exists(image) and not os.path.isfile(image):        # opening a pipe would wait for its writer
-                raise OSError("no regular file")
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(image, formats=PICTURES) as f:
-                    f.load()
-                    image = f
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:                   # what shows through is white, as in the published processor
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                                # of notes in a picture that are damaged
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = image
+            if not isinstance(image, Image.Image):
+                if os.path.exists(image) and not os.path.isfile(image):    # opening a pipe would wait for its writer
+                    raise OSError("no regular file")
+                with Image.open(image, formats=PICTURES) as picture:
+                    picture.load()
+            picture = ImageOps.exif_transpose(picture)
+        if picture.has_transparency_data:                 # what shows through is white, as in the published processor
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"{image}: no such picture") from None
     except UnidentifiedImageError:
         raise ValueError(f"{image}: not a readable picture; these formats are read: {', '.join(PICTURES)}") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, OSError, SyntaxError, ValueError) as e:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, OSError, SyntaxError, ValueError,
+            struct.error) as e:
         raise ValueError(f"{image}: not a readable picture ({e})") from None
 
 
@@ -1213,6 +1238,8 @@ class Processor:
         # and special tokens in a text are read as the letters they are written with
         tokenizer.add_special_tokens(list(self.CONTROL))
         tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()                         # a file may ask for both; a cut prompt loses the question
+        tokenizer.no_padding()
         ids = map(tokenizer.token_to_id, self.CONTROL)
         self.start, self.end, self.vision_start, self.vision_end, self.image_pad = ids
         self.eos_ids = tuple(eos_ids) or (self.end,)
@@ -1242,7 +1269,7 @@ class Processor:
         generation = path / "generation_config.json"
         eos = read_json(generation).get("eos_token_id") if generation.exists() else None
         eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        if wrong := [i for i in eos if type(i) is not int or tokenizer.id_to_token(i) is None]:
+        if wrong := [i for i in eos if type(i) is not int or not 0 <= i < 2 ** 32 or tokenizer.id_to_token(i) is None]:
             raise ValueError(f"{generation}: eos_token_id {wrong[0]!r} is no token of tokenizer.json")
         try:
             processor = cls(tokenizer, settings, eos)
@@ -1282,7 +1309,11 @@ class Processor:
 
     def encode(self, text):
         """Text -> ids; control tokens inside it stay text."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise ValueError(f"no text that can be encoded: {ascii(text)[:80]}; it holds half of a surrogate "
+                             "pair") from None
 
     def turn(self, message, grids):
         """Ids of one turn: <|im_start|>role, newline, the contents, <|im_end|>, newline. Pictures take their grid from

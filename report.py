@@ -36,7 +36,7 @@ from encode import load_encoder
 from grpo import Reward, RewardOptions, similarity_table, step_reward
 from infer import HERE, OneLineParser, evaluate, read_rows
 from model import load_picture, read_json
-from score import answer_scores, gold_routes, golds_of, plans_of, predicted, score_row
+from score import answer_scores, gold_routes, golds_of, plans_of, predicted, printable, score_row
 from steps import NONE, PREFIX, ROUTES, RouteStep, StepError, parse_step, render_answer, render_route
 
 # ------------------------------------------------------------------------------------------------------ 1 what is read
@@ -196,21 +196,21 @@ AXES = {"steps": ("step", "updates"), "tokens": ("sampled", "tokens sampled (sft
 PANELS = (  # group, key of a log row, title, what it says, whether it is a share from 0 to 1
     ("Validation", "validation.f1_recall", "Validation F1-Recall", "right answers on held-out names, greedy", True),
     ("Validation", "validation.route_accuracy", "Validation routing", "bases chosen as in the gold chain", True),
-    ("Validation", "validation.retrievals", "Validation retrievals", "searches a question", False),
-    ("Validation", "validation.malformed", "Validation malformed", "steps a question that cannot be read", False),
+    ("Validation", "validation.retrievals", "Validation retrievals", "searches per question", False),
+    ("Validation", "validation.malformed", "Validation malformed", "steps per question that cannot be read", False),
     ("Reward", "reward", "Reward", "mean over the sampled outputs (outcome mode: over trajectories)", True),
     ("Reward", "form", "Well-formed", "outputs that can be read as their kind of step", True),
     ("Reward", "similarity", "Similarity", "of the sub-question to the nearest gold one", True),
     ("Reward", "route", "Right base", "routing steps that name the gold base", True),
     ("Reward", "answer", "Right answer", "reward of answering steps", True),
-    ("Routing by gold base", "route:", "Gold base: ", "sampled routing steps that name it", True),
-    ("Routing by gold base", "mixed:", "Mixed groups: ", "of those where this base is gold", True),
-    ("Bases asked for", "asked:", "Asked for: ", "share of all sampled routing steps", True),
+    ("Routing by gold base", "route:", "Gold base: ", "share of routing steps that name it where it is gold", True),
+    ("Routing by gold base", "mixed:", "Mixed groups: ", "share of the groups where this base is gold", True),
+    ("Bases asked for", "asked:", "Asked for: ", "share of all sampled routing steps", False),
     ("Update", "flat_groups", "Flat groups", "groups whose outputs all earned the same: they teach nothing", True),
     ("Update", "entropy", "Entropy", "of the next token, in nats, mean over sampled tokens", False),
-    ("Update", "kl", "KL", "distance to the reference policy (k3), a token", False),
-    ("Update", "clip_fraction", "Clip fraction", "tokens whose ratio is clipped (0 with one update a batch)", False),
-    ("Update", "length", "Output length", "sampled tokens an output", False),
+    ("Update", "kl", "KL", "distance to the reference policy (k3), per token", False),
+    ("Update", "clip_fraction", "Clip fraction", "tokens whose ratio is clipped (0 with one update per batch)", False),
+    ("Update", "length", "Output length", "sampled tokens per output", False),
     ("Update", "loss", "Loss", "of the update", False),
     ("Update", "grad_norm", "Gradient norm", "before clipping", False),
     ("Update", "learning_rate", "Learning rate", "as used", False))
@@ -275,6 +275,7 @@ def curves(runs, path, x="steps", y=None, columns=3, legend=True):
     try:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise ValueError("matplotlib is not installed: pip install -r requirements-dev.txt") from None
     shown = [panel for panel in panels_of(runs) if y is None or panel[1] in y]
@@ -282,13 +283,18 @@ def curves(runs, path, x="steps", y=None, columns=3, legend=True):
         raise ValueError(f"no curve to draw: none of {len(runs)} runs has logged {', '.join(y or ['anything'])}")
     columns = min(columns, len(shown))
     lines = math.ceil(len(shown) / columns)
-    figure = Figure(figsize=(3.6 * columns, 2.3 * lines + 0.4 * legend), dpi=140, layout="constrained")
+    names = [f" {label}" for label in styles(runs)]  # matplotlib would drop a name that begins with "_"
+    wide = max(1, min(len(names), 45 * columns // (8 + max(map(len, names)))))       # so many names a line has room for
+    figure = Figure(figsize=(3.6 * columns, 2.3 * lines + legend * (0.2 + 0.2 * math.ceil(len(names) / wide))), dpi=140,
+                    layout="constrained")
     short = lambda v, _: f"{v / 1e6:g}M" if v >= 1e6 else f"{v / 1e3:g}k" if v >= 1e4 else f"{v:g}"
     for i, (_, key, title, _, share) in enumerate(shown, 1):
         ax = figure.add_subplot(lines, columns, i)
         draw(ax, runs, key, x)
         ax.set_title(title, fontsize=10, parse_math=False)
         ax.set_xlabel(AXES[x][1], fontsize=8)
+        if x == "steps":
+            ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         ax.tick_params(labelsize=8)
         ax.xaxis.set_major_formatter(short)
         ax.grid(alpha=0.25)
@@ -297,8 +303,7 @@ def curves(runs, path, x="steps", y=None, columns=3, legend=True):
             ax.set_ylim(-0.03, 1.03)
     if legend:
         handles = [Line2D([], [], color=colour, linestyle=dashes) for colour, dashes in styles(runs).values()]
-        names = [f" {label}" for label in styles(runs)]  # matplotlib would drop a name that begins with "_"
-        for text in figure.legend(handles, names, loc="outside upper center", ncols=4, fontsize=9).get_texts():
+        for text in figure.legend(handles, names, loc="outside upper center", ncols=wide, fontsize=9).get_texts():
             text.set_parse_math(False)                   # and would read "$" as the beginning of a formula
     figure.savefig(path, format="png")
 
@@ -379,13 +384,13 @@ def tables_section(runs, results):
         found = [row["validation"] for row in run.rows if "validation" in row]
         if found:
             validations.setdefault(run.label, []).append(max(found, key=lambda result: result["f1_recall"]))
-    tables = [score_tables(f"{len(asked)} questions, as “{asked[0][0][:60]}”", by_label)
+    tables = [score_tables(f"{len(asked)} questions, for example “{asked[0][0][:60]}”", by_label)
               for asked, by_label in by_questions.items()]
     tables += [score_tables("Best validation of each run", validations)] if validations else []
-    return section("scores", "Scores", "Scores from 0 to 1, costs a question. Bold: the best on the same questions. "
-                   "Small: lowest and highest of several seeds. Recall rewards dumping (“yes no” is right on every "
-                   "yes/no question), so exact match and F1 stand beside it. The best validation flatters: it chose "
-                   "the checkpoint.",
+    return section("scores", "Scores", "Scores from 0 to 1, costs per question. Bold: the best on the same questions. "
+                   "Small: lowest and highest of several seeds. Recall also pays long lists of guesses (“yes no” is "
+                   "right on every yes/no question), so exact match and F1 stand beside it. The best validation score "
+                   "is too high: it chose the checkpoint.",
                    *tables) if tables else Html()
 
 
@@ -617,7 +622,9 @@ def cards_section(runs, results, count):
                    "the reward of a step where the gold hops are known: ½ similarity of its sub-question (lexical) + ½ "
                    "right base, or whether its answer is right. A is the advantage in its group, where a run has "
                    "logged groups.", el("form", *filters, el("button", "reset", type="reset"), shown, class_="filters"),
-                   el("div", *cards, class_="cards")) if cards else Html()
+                   el("div", *cards, class_="cards")) if cards else section(
+        "trajectories", "Trajectories", "No groups were logged: train.py --log-every 1 logs some of every update, and "
+        "result files of infer.py --out show trajectories.")
 
 
 # ---------------------------------------------------------------------------------------------------------- 7 the page
@@ -625,8 +632,9 @@ def cards_section(runs, results, count):
 
 def page(runs, results, count=60):
     """The whole report as one HTML text; count: cards of each run and result file."""
-    sections = {"runs": runs_section(runs), "curves": curves_section(runs), "scores": tables_section(runs, results),
-                "routing": confusion_section(results), "trajectories": cards_section(runs, results, count)}
+    sections = {"runs": runs_section(runs), "scores": tables_section(runs, results),
+                "routing": confusion_section(results), "curves": curves_section(runs),
+                "trajectories": cards_section(runs, results, count)}
     links = [el("a", name.capitalize(), href=f"#{name}") for name, markup in sections.items() if markup]
     script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'"
@@ -664,8 +672,7 @@ figure img { width: 100%; height: auto; display: block }
 .wide { overflow-x: auto; margin: 0 0 14px; width: fit-content; max-width: 100% }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal }
 th, td { padding: 4px 12px; text-align: right; white-space: nowrap } tbody tr { border-top: 1px solid var(--line) }
-th:first-child { text-align: left; position: sticky; left: 0; background: #fff; white-space: normal; min-width: 6rem;
-  overflow-wrap: anywhere }
+th:first-child { text-align: left; position: sticky; left: 0; background: #fff; white-space: normal; min-width: 6.5rem }
 thead th { color: var(--soft); font-weight: 500 } td small { display: block; color: var(--soft); font-size: .75rem }
 .heat { display: block; margin: -4px -12px; padding: 4px 12px; background: rgb(190 60 0 / calc(var(--share) * .5)) }
 .heat.right { background: rgb(0 110 80 / calc(var(--share) * .35)) }
@@ -781,10 +788,10 @@ def main(argv=None):
             curves(runs, stream, x)
             write(Path(args.png) / f"curves-{x}.png", stream.getvalue())
     except (ValueError, OSError) as error:
-        print(f"report.py: {error}", file=sys.stderr)
+        print(f"report.py: {printable(error)}", file=sys.stderr)
         return 2
     for fault in faults:
-        print(f"report.py: left out: {fault}", file=sys.stderr)
+        print(f"report.py: left out: {printable(fault)}", file=sys.stderr)
     rows = sum(len(one.rows) for one in results)
     print(f"{args.out}: {len(runs)} runs, {rows} result rows, {len(data) / 1e6:.1f} MB")
     return 2 if faults else 0

@@ -40,7 +40,8 @@ import numpy as np
 import torch
 
 from encode import MARKERS, WEIGHT_FREE, EncoderOptions, checksum, load_encoder, option, passage, utf8, whole
-from model import inside, read_json, usable_device, write_json
+from model import inside, read_json, settle, usable_device, write_json
+from score import printable
 
 FORMAT = 1  # of the folder on disk; a base of another format is refused
 MAX_ROW = 4_000_000  # characters of a line of JSONL: a longer one is no passage or question
@@ -90,16 +91,17 @@ def reading(path):
 
 
 def lines_of(path):
-    """Numbered places and lines of a text file: ("file:3", line)."""
+    """Numbered places and lines of a text file: ("file:3", line). A line without end is refused before it is read."""
     with reading(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_ROW + 1), ""), 1):
+            if len(line) > MAX_ROW:
+                raise ValueError(f"{path}:{number}: a row of more than {MAX_ROW} characters: cut it into passages, one "
+                                 "object a line")
             yield f"{path}:{number}", line
 
 
 def json_object(line, place):
     """One line of a JSONL file as a dict."""
-    if len(line) > MAX_ROW:
-        raise ValueError(f"{place}: a row of {len(line)} characters: {MAX_ROW} at most; cut it into passages")
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:  # no JSON, an integer beyond Python's limit, lists in lists in lists
@@ -521,6 +523,7 @@ class Shard:
                 offsets.append(offset)
         np.save(folder / f"{stem}.offsets.npy", np.array(offsets))
         files = sorted(folder.glob(stem + ".*"))
+        settle(*files, folder)  # before a record says that they are whole
         return {"count": len(self.docs), "files": {file.name: checksum(file) for file in files}}
 
     @classmethod
@@ -553,12 +556,26 @@ def read_manifest(path):
         raise ValueError(f"{file}: not of format {FORMAT}, which this program reads: build the base again")
     if manifest.pop("sha256", None) != text_sum(manifest):
         raise ValueError(f"{file}: altered (checksum differs): build the base again")
+    try:
+        endings = (".docs.jsonl", INDEXES[IndexOptions(**manifest["index"]).index].suffix, ".offsets.npy")
+        expected = [f"{number:05d}{ending}" for number in range(len(manifest["shards"])) for ending in endings]
+        fits = ([name for name, _ in listed_files(manifest)] == ["encoder.json", *expected]
+                and {"name", "options", "fingerprint"} <= set(manifest["encoder"]))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        fits = False
+    if not fits:  # its checksum is right, so somebody wrote it that way
+        raise ValueError(f"{file}: not as this program writes it: build the base again")
     return manifest
+
+
+def listed_files(manifest):
+    """(name, checksum) of each file of a base."""
+    return [item for part in (manifest, *manifest["shards"]) for item in part["files"].items()]
 
 
 def check_files(path, manifest):
     """Compares every file of a base with its manifest: there, size, checksum."""
-    for name, expected in [item for part in (manifest, *manifest["shards"]) for item in part["files"].items()]:
+    for name, expected in listed_files(manifest):
         file = Path(path) / name
         if not file.is_file():
             raise ValueError(f"{file}: missing: build the base again")
@@ -576,9 +593,11 @@ def real_place(path):
 def put_in_place(folder, path):
     """Renames a finished folder to `path`. A base that stands there is moved aside first, then deleted."""
     clear_aside(path)
+    settle(folder)
     if path.exists():
         os.replace(path, aside_of(path))
     os.replace(folder, path)
+    settle(path.parent)
     clear_aside(path)
 
 
@@ -597,8 +616,9 @@ def check_target(path):
 
 
 @contextmanager
-def sole_writer(path, wait=True):
+def sole_writer(path, wait=True, check=check_target):
     """The right to write the base at `path`: one process at a time holds it, until it is done or dies (kill -9 too).
+    `check(path)` raises where something else stands there.
 
     Where another process holds it, this one waits, or with wait=False raises ValueError.
     """
@@ -612,7 +632,7 @@ def sole_writer(path, wait=True):
                 raise ValueError(f"{path}: another process builds it: wait for that, or give another place") from None
             if os.fstat(file.fileno()).st_nlink:  # 0: who held it deleted it while we waited; others may hold a new one
                 try:
-                    check_target(path)
+                    check(path)
                     yield
                 finally:
                     lock.unlink(missing_ok=True)
@@ -853,6 +873,8 @@ def build_command(args):
     index = IndexOptions(**{f.name: getattr(args, f.name) for f in fields(IndexOptions)})
     if not os.path.exists(args.docs):
         raise ValueError(f"{args.docs}: no such file")
+    if next(iter(READERS[args.format](args.docs, args.images)), None) is None:
+        raise ValueError(f"{args.docs}: holds no document of the format {args.format}")
     source = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files_of(args.docs)]
     count = build_folder(lambda: READERS[args.format](args.docs, args.images), encoder, args.out, index,
                          shard=args.shard, source=[args.format, args.images, source], log=log_line)
@@ -867,7 +889,8 @@ def search_command(args):
         raise ValueError("the query is empty: give some words, --image, or both")
     base = KnowledgeBase.load(args.kb, args.encoder, device=args.device, ef=args.ef)
     for hit in base.search([{"text": args.query, "image": args.image}], args.k)[0]:
-        print(f"{hit.score:.4f}  {hit.id}  {hit.text}" + (f"  [{hit.image}]" if hit.image else ""))
+        shown = [f"{hit.score:.4f}", hit.id, hit.text, *([f"[{hit.image}]"] if hit.image else [])]
+        print("  ".join(map(printable, shown)))
     if base.encoder.cut:
         log_line("the query was longer than the encoder reads and was cut")
 
@@ -875,9 +898,9 @@ def search_command(args):
 def info_command(args):
     """Prints what a base is made of, without opening its indexes."""
     manifest = read_manifest(args.kb)
-    files = [f for part in (manifest, *manifest["shards"]) for f in part["files"].values()]
     shown = {"documents": manifest["count"], "encoder": manifest["encoder"], "dimension": manifest["dim"],
-             "index": manifest["index"], "shards": len(manifest["shards"]), "bytes": sum(f["bytes"] for f in files)}
+             "index": manifest["index"], "shards": len(manifest["shards"]),
+             "bytes": sum(file["bytes"] for _, file in listed_files(manifest))}
     print(json.dumps(shown, ensure_ascii=False))
 
 
@@ -944,13 +967,25 @@ def main():
         args = parse_arguments()
         args.run(args)
     except (ValueError, OSError) as error:
-        print(f"retrieve.py: {error}", file=sys.stderr)
+        print(f"retrieve.py: {printable(error)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("retrieve.py: stopped; the same build continues", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(code_of(stop))
+
+
+def stop_on_sigterm():
+    """From here on SIGTERM ends a command as Ctrl-C does: what is half-written is cleared away, one line is said."""
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+    signal.signal(signal.SIGTERM, stop)
+
+
+def code_of(stop):
+    """The exit code after a KeyboardInterrupt: 130 after Ctrl-C, 143 after SIGTERM."""
+    return 128 + (stop.args or (signal.SIGINT,))[0]
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    stop_on_sigterm()
     main()

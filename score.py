@@ -331,7 +331,10 @@ def write_table(path, rows, form):
         columns = [name for name in rows[0] if name != "ci"] + [column for _, _, column in ends]
         out = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         out.writeheader()
-        out.writerows(row | {column: (row["ci"][name] or ("", ""))[i] for name, i, column in ends} for row in rows)
+        # a spreadsheet would run a text that begins like a formula
+        still = lambda cell: "'" + cell if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@") else cell
+        out.writerows({name: still(cell) for name, cell in row.items()}
+                      | {column: (row["ci"][name] or ("", ""))[i] for name, i, column in ends} for row in rows)
     else:
         text.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_whole(path, text.getvalue())

@@ -1,11 +1,13 @@
-"""Endurance: what `make test` tries a few times is tried here for an hour. Nothing may be lost, doubled or leaked.
+"""Endurance: what `make test` tries a few times is tried here for some twenty minutes. Nothing may be lost, doubled or
+leaked.
 
     kill     training, index building, evaluation: SIGKILL at random moments, then continued -> the end of no kill
-    fuzz     a million generated outputs, answers and rows -> parser, metric, readers -> only declared errors
+    fuzz     a million generated outputs, answers, rows and pictures -> parser, metric, readers -> only declared errors
     memory   thousands of training steps and of routed questions -> resident memory as it goes -> its slope
 
 The last line is one JSON object. Exit code 0 where all held, 1 where not, 2 after a user's mistake.
 """
+import io
 import json
 import math
 import os
@@ -20,11 +22,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import train
 from infer import (COSTS, HERE, OneLineParser, Router, load_prompts, load_questions, load_steps, read_rows,
                    world_bases)
-from model import VLM, Processor, read_config, read_json
+from model import PICTURES, VLM, Processor, load_picture, read_config, read_json
 from retrieve import read_docs, read_mbeir, read_tables, read_wiki
 from score import answer_scores, exact_match, score_row
 from steps import AnswerStep, RouteStep, StepError, parse_step
@@ -196,10 +199,36 @@ def try_reader(rng, file):
     return len(lines)
 
 
+def some_pictures():
+    """A small picture in each format and some modes, each with a note (EXIF) that it is turned."""
+    note, made = Image.Exif(), []
+    note[0x0112], note[0x010e] = 6, "described"
+    for mode, kind in [("RGB", kind) for kind in PICTURES] + [("P", "PNG"), ("LA", "PNG"), ("CMYK", "JPEG")]:
+        file = io.BytesIO()
+        Image.radial_gradient("L").resize((20, 24)).convert(mode).save(file, kind, exif=note)
+        made.append(file.getvalue())
+    return made
+
+
+def try_picture(rng, file, made=some_pictures()):
+    """A picture with one to four bytes changed, most of them near its beginning, is read or refused in one line."""
+    data = bytearray(rng.choice(made))
+    for _ in range(rng.randint(1, 4)):
+        place = rng.randrange(min(len(data), rng.choice((120, 10 ** 6))))
+        data[place] = rng.choice((0, 1, 127, 255, rng.randrange(256)))
+    file.write_bytes(data)
+    try:
+        assert load_picture(file).mode == "RGB"
+    except ValueError as error:
+        assert len(str(error).splitlines()) == 1 and str(file) in str(error), str(error)
+    return 1
+
+
 def soak_fuzz(o, folder, world):
     """Generated inputs until there were enough of each kind; what fails is told with its seed."""
     report, failed = {}, []
-    for kind, attempt, share in (("parser and metric", try_text, 0.8), ("readers", try_reader, 0.2)):
+    for kind, attempt, share in (("parser and metric", try_text, 0.8), ("readers", try_reader, 0.15),
+                                 ("pictures", try_picture, 0.05)):
         done, trial, wanted = 0, 0, round(o.inputs * share)
         clock = Clock(kind, wanted)
         while done < wanted:

@@ -692,6 +692,12 @@ def main():
     p.error = lambda message: p.exit(2, f"world.py: {message}\n")
     a = p.parse_args()
     try:
+        hidden, layers, heads, kv_heads, inner = a.shape
+        if min(a.shape) < 1 or hidden % (8 * heads) or heads % kv_heads:
+            raise ValueError(f"--shape {' '.join(map(str, a.shape))}: give numbers of at least 1, a hidden size that "
+                             "is a multiple of 8 for each head, and key/value heads that divide the heads")
+        if (a.practice or 1) < 1:
+            raise ValueError(f"--practice {a.practice}: give at least 1")
         if a.shell:
             write_shell(a.shell, *a.shape)
         if a.out or not a.shell:

@@ -24,7 +24,7 @@ def check(output, part, names, ratios):
     lines = output.strip().splitlines()
     assert lines[0] == part
     result = json.loads(lines[-1])
-    assert set(result) == {"shapes", "load", "figures", "ratio", "machine"}
+    assert set(result) == {"command", "shapes", "load", "figures", "ratio", "machine"}
     assert {"cpu", "cores", "threads", "torch", "device", "load"} <= set(result["machine"])
     figures = result["figures"][part]
     assert len(figures) == len(lines) - 2 and names <= set(figures)
@@ -59,7 +59,7 @@ def test_the_model_part_needs_torch_and_transformers_only():
 @pytest.mark.parametrize("words, expected", [
     (["model"], {"3b decoding, batch 1", "3b decoding, batch 64", "3b share of the memory bandwidth, batch 1"}),
     (["update"], {"3b update, 1 x 4, seconds", "3b update, 1 x 4, arithmetic", "3b update, 1 x 4, memory"}),
-    (["update", "--lora", "2"], {"3b LoRA 2 update, 1 x 4, memory"})], ids=" ".join)
+    (["update", "--lora", "2"], {"3b LoRA 2 update, 1 x 4, memory"})], ids=["decoding", "update", "adapter"])
 def test_what_is_measured_of_real_shapes(words, expected, monkeypatch, capsys):
     """The same lines of code on sizes that fit a test, in half precision as on a GPU."""
     monkeypatch.setitem(bench.SHAPES, "3b", bench.SHAPES["tiny"])

@@ -779,6 +779,8 @@ def test_evaluation_of_a_world_continues_and_scores_the_same(tiny, world, tmp_pa
                 for end in ("low", "high")}
         flat = {name: value for name, value in (row | ends).items() if name != "ci"}
         assert cells == {name: "" if value is None else str(value) for name, value in flat.items()}
+    score.write_table(tmp_path / "t.csv", [{**table[0], "group": "=HYPERLINK(1)"}], "csv")   # to be read, not to be run
+    assert next(csv.DictReader((tmp_path / "t.csv").open()))["group"] == "'=HYPERLINK(1)"
     code, _, err = cli(capsys, *flags, "-k", 1)
     assert code == 2 and len(err) == 1 and "name another --out" in err[0]
     assert out.read_bytes().splitlines(keepends=True) == again
@@ -995,7 +997,7 @@ def test_a_picture_is_drawn_with_half_blocks():
     (["--method", "router", "--write-steps", "{tmp}/s.jsonl", "--limit", "2", "--json"], "s.jsonl was not written"),
     (["--score", "{tmp}/bad.jsonl", "--write-steps", "{tmp}/s.jsonl"], "leave out --score"),
     (["--question", "Who?", "-k", "0"], "k is 0: give at least 1"),
-    (["--question", "Who?", "--device", "warp"], "--device warp: not usable here"),
+    (["--question", "Who?", "--device", "warp"], "device 'warp' cannot be used here"),
     (["--speed", "9"], "unrecognized arguments: --speed 9"),
 ])
 def test_mistakes_get_one_line_and_exit_code_2(tiny, world, tmp_path, capsys, flags, message):

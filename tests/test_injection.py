@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import ROOT
+from encode import passage
 from infer import Candidate, Router, result_row, step_output, steps_of
 from model import Processor
 from oracles import full_tokenizer
-from retrieve import Hit
+from retrieve import Hit, flatten_table
 from steps import (BASES, IMAGE, PROMPTS, ROUTES, AnswerStep, RouteStep, StepError, answer_problem, conversation,
                    final_problem, parse_step, render_answer, render_route, route_problem)
 
@@ -79,6 +80,18 @@ def test_a_text_is_encoded_the_same_wherever_it_stands(processor, text):
     assert not set(ids) & {processor.start, processor.end, processor.image_pad, *processor.eos_ids}
     if processor.tokenizer.normalizer is not None:                                  # the published kind loses nothing
         assert processor.decode(ids) == processor.tokenizer.normalizer.normalize_str(text)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cells=st.lists(texts, min_size=3, max_size=3), title=texts, caption=texts)
+def test_tables_and_captions_are_evidence_like_any_other(processor, cells, title, caption):
+    """Whatever cells, titles and captions hold: the prompt has the control ids of its two turns."""
+    head, *row = cells
+    table = flatten_table({"page_title": title, "caption": caption, "header": [head], "rows": [row]})
+    problem = answer_problem("Who?", {"table": [table], "image": [passage({"title": title, "text": caption})]}, False)
+    assert all(cell in problem for cell in cells)
+    assert control_ids(processor, conversation("s", problem)) == [
+        processor.start, processor.end, processor.start, processor.end, processor.start]
 
 
 # ------------------------------------------------------------------------------------------------------ steps and tags

@@ -1,5 +1,6 @@
 """The README says what is true: its line counts are those of the files, its commands run (at small scale), its pasted
 output is what a run prints."""
+import json
 import re
 import shlex
 import subprocess
@@ -84,3 +85,17 @@ def test_equations_name_functions_that_exist():
     modules = {m.__name__: m for m in (grpo, infer, score, steps, train, world)}
     named = re.findall(rf"`({'|'.join(modules)})\.(\w+)`", README)
     assert len(named) >= 5 and not [(m, n) for m, n in named if n != "py" and not hasattr(modules[m], n)]
+
+
+def test_the_figures_of_the_soak_are_those_of_its_result():
+    soak = json.loads((ROOT / "results" / "soak.json").read_text())
+    kills, fuzz, memory = soak["kill"], soak["fuzz"], soak["memory"]
+    killed = [kills[work] for work in ("training", "index", "evaluation")]
+    assert soak["held"] and not fuzz["failed"] and not any(k["wrong"] for k in killed)
+    grown = lambda part: f"{memory[part]['kb_each']:.2f} ± {memory[part]['error']:.2f} kB".replace("-", "−")
+    for said in (f"{sum(k['killed'] for k in killed)} of the {sum(k['moments'] for k in killed)} kills",
+                 f"{sum(fuzz[kind]['inputs'] for kind in ('parser and metric', 'readers')):,} inputs",
+                 f"{grown('training')} an update\n({memory['training']['megabytes']:.0f} MB after 2,000)",
+                 f"{grown('routing')} a question ({memory['routing']['megabytes']:.0f} MB after "
+                 f"{memory['routing']['work']:,})"):
+        assert said in README, said

@@ -106,7 +106,7 @@ def test_scores_are_those_worked_by_hand(tmp_path):
     # recall 1, 2/3, 0, 1 -> 0.667; exact 1, 0, 0, 1 -> 0.500; F1 1, 2 * 1 * (2/3) / (5/3) = 0.8, 0, 1 -> 0.700
     good, bad = write_rows(tmp_path / "good.jsonl", GOOD), write_rows(tmp_path / "bad.jsonl", BAD)
     page = page_of(good, bad)
-    scores = page.table("4 questions, as “a”")
+    scores = page.table("4 questions, for example “a”")
     assert list(scores) == ["good", "bad"]
     assert (scores["good"] | {"n": "4", "seeds": "1", "F1-Recall": "*0.667", "exact": "*0.500", "F1": "*0.700",
                               "gold": "0.25", "tokens": "15", "seconds": "0.500"}) == scores["good"]
@@ -120,9 +120,9 @@ def test_seeds_are_one_row_with_their_range_and_other_questions_another_table(tm
     one, two = write_rows(tmp_path / "1.jsonl", GOOD), write_rows(tmp_path / "2.jsonl", BAD)
     three = write_rows(tmp_path / "3.jsonl", GOOD[:1])
     page = page_of(f"ours={one}", f"ours={two}", three)
-    scores = page.table("4 questions, as “a”")
+    scores = page.table("4 questions, for example “a”")
     assert scores["ours"]["F1-Recall"] == "0.333 0.000–0.667" and scores["ours"]["seeds"] == "2"   # alone: not bold
-    assert list(page.table("1 questions, as “a”")) == ["3"]
+    assert list(page.table("1 questions, for example “a”")) == ["3"]
 
 
 def test_validations_and_options(tmp_path):

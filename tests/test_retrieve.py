@@ -385,11 +385,13 @@ def test_weights_that_do_not_fit_are_all_named(tmp_path):
     tensors = load_file(tmp_path / "m" / "model.safetensors")
     tensors["extra.weight"] = torch.zeros(2)
     tensors["embeddings.LayerNorm.bias"] = torch.zeros(7)
+    words = "embeddings.word_embeddings.weight"
+    tensors[words] = tensors[words].to(torch.int8)                                      # quantized, without its scale
     del tensors["encoder.layer.1.output.dense.bias"]
     save_file(tensors, tmp_path / "m" / "model.safetensors")
     with pytest.raises(ValueError) as error:
         load_encoder(tmp_path / "m")
-    for part in ("unexpected: extra.weight", "shape [7] instead of [48]: embeddings.LayerNorm.bias",
+    for part in ("unexpected: extra.weight", "shape [7] instead of [48]: embeddings.LayerNorm.bias", "of type I8",
                  "missing: blocks.1.down.bias"):
         assert part in str(error.value)
 

@@ -1,6 +1,7 @@
 """Endurance in short: three kills each of training, index building and evaluation, signals, some thousand generated
 inputs, and memory over a few steps. `make soak` is the long version."""
 import json
+import os
 import random
 import signal
 import subprocess
@@ -13,6 +14,10 @@ import pytest
 
 import soak
 from conftest import ROOT
+from infer import world_bases
+from model import load_picture
+from retrieve import KnowledgeBase
+from steps import BASES
 
 FEW = SimpleNamespace(seed=0, moments=3, inputs=5000, steps=12, questions=117)
 
@@ -47,20 +52,54 @@ def test_what_is_compared_after_a_kill_is_all_that_counts(tmp_path):
     assert folder("weights", one, two, weights=b"x") != same
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_an_evaluation_between_rows(world, tmp_path, number, code):
-    words, _ = soak.kinds_of_work(world)["evaluation"]
-    file = tmp_path / "rows.jsonl"
-    quiet = soak.QUIET | {"stderr": subprocess.PIPE}
-    process = subprocess.Popen(words(tmp_path), **quiet, text=True)
+SIGNALS = pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+
+
+def signalled(words, sign, number):
+    """Sends a command a signal once the file `sign` holds something, or the folder is there: (stderr's lines, code)."""
+    process = subprocess.Popen(list(map(str, words)), **soak.QUIET | {"stderr": subprocess.PIPE}, text=True)
     end = time.time() + 60
-    while not (file.exists() and file.stat().st_size) and process.poll() is None and time.time() < end:
+    while not (sign.is_dir() or sign.exists() and sign.stat().st_size) and process.poll() is None and time.time() < end:
         time.sleep(0.002)
     process.send_signal(number)
-    errors = process.communicate()[1]
-    assert process.returncode == code and "Traceback" not in errors
+    return process.communicate()[1].splitlines(), process.returncode
+
+
+@SIGNALS
+def test_a_signal_ends_an_evaluation_between_rows(world, tmp_path, number, code):
+    words, sign = soak.kinds_of_work(world)["evaluation"]
+    file = tmp_path / sign
+    errors, ended = signalled(words(tmp_path), file, number)
+    assert ended == code and [line for line in errors if line] == [
+        "infer.py: stopped; with --out, the same command continues"]
     rows = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
     assert 0 < len(rows) < 26 and file.read_bytes().endswith(b"\n")
+
+
+@SIGNALS
+def test_a_signal_ends_an_index_build_and_keeps_the_finished_shards(world, tmp_path, number, code):
+    """The same command goes on: what was there is not written again, and no base stood there in between."""
+    words, sign = soak.kinds_of_work(world)["index"]
+    errors, ended = signalled(words(tmp_path), tmp_path / sign / "progress" / "1.json", number)
+    assert ended == code and errors[-1] == "retrieve.py: stopped; the same build continues"
+    assert not any("Traceback" in line for line in errors) and os.listdir(tmp_path) == [sign]
+    kept = {f"0000{i}.hnsw": (tmp_path / sign / f"0000{i}.hnsw").stat().st_mtime_ns for i in (0, 1)}
+    soak.must(words(tmp_path))
+    assert {name: (tmp_path / "kb" / name).stat().st_mtime_ns for name in kept} == kept
+    assert len(KnowledgeBase.load(tmp_path / "kb")) == (world / "text.jsonl").read_text().count("\n")
+
+
+@SIGNALS
+def test_a_signal_while_a_world_gets_its_bases_leaves_none_or_whole_ones(world, tmp_path, number, code):
+    for name in BASES:                                            # larger ones, so that the signal meets the building
+        rows = [json.loads(line) for line in (world / f"{name}.jsonl").read_text().splitlines()]
+        rows = [row | {"id": f"{row['id']} {i}", "image": None} for i in range(20) for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = soak.command("infer.py", "--world", tmp_path, "--method", "text", "--question", "Who?", "--threads", 1)
+    errors, ended = signalled(words, tmp_path / "kb", number)
+    assert ended == code and "Traceback" not in "".join(errors)
+    assert set(os.listdir(tmp_path / "kb")) <= {"text", ".text.lock"}                      # nobody holds the lock
+    assert len(world_bases(tmp_path, ["text"])["text"]) == 20 * (world / "text.jsonl").read_text().count("\n")
 
 
 def test_generated_inputs_raise_nothing_undeclared(tmp_path):
@@ -87,6 +126,17 @@ def test_generated_rows_are_read_as_well_as_refused(tmp_path):
             except ValueError:
                 pass
         assert 20 < read < 190, (number, read)
+
+
+def test_generated_pictures_are_read_as_well_as_refused(tmp_path):
+    read = 0
+    for i in range(200):
+        soak.try_picture(random.Random(i), tmp_path / "f")
+        try:
+            read += load_picture(tmp_path / "f") is not None
+        except ValueError:
+            pass
+    assert 20 < read < 180, read
 
 
 def test_the_slope_of_memory_by_hand():

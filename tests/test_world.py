@@ -266,6 +266,9 @@ def test_every_name_is_two_tokens_and_every_number_one(made):
     (("--kinds", "text", "colour"), "colour unknown"),
     (("--hops", 5), "five hops need --rich"),
     (("--compositions", "held", "--rich"), "at least --hops 3"),
+    (("--practice", -5), "--practice -5"),
+    (("--shell", "m", "--shape", 0, 4, 4, 2, 320), "--shape 0"),
+    (("--shell", "m", "--shape", 96, 4, 3, 2, 320), "key/value heads that divide"),
 ])
 def test_what_cannot_be_made_is_refused_in_one_line(tmp_path, words, message):
     done = run(*words, "--out", tmp_path / "w")
