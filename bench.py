@@ -22,6 +22,7 @@ Peers and other files of this project are imported where they are needed: the pa
 torch, transformers and model.py only, so that they run on a bare GPU machine.
 """
 import argparse
+import ctypes
 import gc
 import inspect
 import json
@@ -162,6 +163,7 @@ class PeakMemory:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         else:
+            ctypes.CDLL(None).malloc_trim(0)                    # what was freed and kept would hide what is allocated
             Path("/proc/self/clear_refs").write_text("5")       # the high-water mark starts anew
         self.before = torch.cuda.memory_allocated() if self.cuda else resident("VmRSS")
         return self
