@@ -71,8 +71,10 @@ COLLAPSE = {                        # options beside those of Step-GRPO
     "not balanced, KL 0.05": ("--no-balance", "--kl-coef", 0.05),
     "not balanced, temperature 1.3": ("--no-balance", "--temperature", 1.3),
     "not balanced, G = 16": ("--no-balance", "--group", 16),
+    "not balanced, hops that are ready": ("--no-balance", "--ready"),
     "balanced": (),
     "balanced, entropy bonus 0.05": ("--entropy-coef", 0.05),
+    "balanced, hops that are ready": ("--ready",),
 }
 ABLATION = {
     "without similarity": ("--similarity-weight", 0, "--route-weight", 1),

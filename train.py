@@ -312,6 +312,7 @@ class GrpoOptions(Options):
     rest: float = option(0.8, "how much less often solved prompts are drawn: 0 as often, 1 never again", most=1)
     follow: str = option("random", "online: the candidate that the trajectory goes on with", choices=("random", "best"))
     match: float = option(0.9, "online: how similar to an open gold hop a sub-question must be to stand for it")
+    ready: bool = option(False, "online: measure a sub-question by those open hops alone that can be asked for by now")
     open_questions: int = option(160, "online: trajectories that are under way at once", least=1)
     k: int = option(2, "online, outcome: passages of evidence", least=1)
     max_steps: int = option(4, "online, outcome: sub-questions at most", least=1)
@@ -530,12 +531,24 @@ def nearest_hops(o, asked, encoder):
     return found
 
 
+def ready(hops):
+    """The open hops that can be asked for by now: no answer that another one has yet to find is part of their query.
+    Who asks for such an answer all the same has made it up."""
+    names = lambda query, answer: re.search(rf"(?<!\w){re.escape(str(answer))}(?!\w)", query)
+    return [hop for hop in hops if not any(names(hop["query"], h["answer"]) for h in hops if h is not hop)] or hops
+
+
 class Live:
     """A question under way: where its trajectory stands, and which of its gold hops are still open."""
 
-    def __init__(self, question, number):
-        self.q, self.row, self.number = question, question.row, number
+    def __init__(self, question, number, only_ready=False):
+        self.q, self.row, self.number, self.only_ready = question, question.row, number, only_ready
         self.open, self.asked, self.said = list(question.row["hops"]), None, []
+
+    @property
+    def measure(self):
+        """The hops that a sub-question is measured by."""
+        return ready(self.open) if self.only_ready else self.open
 
     @property
     def request(self):
@@ -547,13 +560,13 @@ class Live:
             return [{"step_type": "ans", "answer": golds_of(self.row)}]
         if self.request.kind == "answer":
             return [{"step_type": "ans", "answer": self.asked["answer"]}] if self.asked else []
-        hops = self.open or [{"query": "none", "retriever": "none"}]
+        hops = self.measure or [{"query": "none", "retriever": "none"}]
         return [{"step_type": "ret", "answer": {"query": h["query"], "retriever": [h["retriever"]]}} for h in hops]
 
     def label(self):
         if self.request.kind != "route":
             return "answer"
-        return base_of(self.open[0]) if self.open else "none"
+        return base_of(self.measure[0]) if self.open else "none"
 
     def key(self):
         return f"{self.row.get('kind')} {self.request.kind} {len(self.open)}"
@@ -570,7 +583,7 @@ def go_on(o, followed, encoder):
     """Trajectories go on, each with the step that is followed; their sub-questions are matched with the open hops in
     one call. followed: list of (Live, infer.Step)."""
     routed = [(x, step) for x, step in followed if step.route]
-    hops = nearest_hops(o, [(step.parsed.query, x.open) for x, step in routed], encoder)
+    hops = nearest_hops(o, [(step.parsed.query, x.measure) for x, step in routed], encoder)
     for (x, _), hop in zip(routed, hops):
         x.asked = hop
     for x, step in followed:
@@ -593,7 +606,7 @@ class Online:
 
     def start(self, number):
         self.serial += 1
-        return Live(self.router.open(self.serial, self.rows[number]), number)
+        return Live(self.router.open(self.serial, self.rows[number]), number, self.o.ready)
 
     def replay(self, number, said):
         """Bring a trajectory to where a checkpoint left it: the same outputs are followed, what they asked for is
