@@ -529,7 +529,12 @@ class Shard:
     @classmethod
     def load(cls, folder, number, dim, options):
         stem, kind = f"{number:05d}", INDEXES[options.index]
-        return cls(kind.load(folder / (stem + kind.suffix), dim, options), DocFile(folder, stem))
+        index, docs = kind.load(folder / (stem + kind.suffix), dim, options), DocFile(folder, stem)
+        if index.count != len(docs) or index.block(0, 1).shape != (1, dim):
+            raise ValueError(f"{folder / (stem + kind.suffix)}: {index.count} vectors of dimension "
+                             f"{index.block(0, 1).shape[-1]} for {len(docs)} documents at dimension {dim}: build the "
+                             "base again")
+        return cls(index, docs)
 
 
 def write_manifest(folder, encoder, options, records):
@@ -609,10 +614,16 @@ def clear_aside(path):
     shutil.rmtree(aside_of(path), ignore_errors=True)
 
 
+OWN_FILE = re.compile(r"manifest\.json|encoder\.json|progress|\d{5,}\.(docs\.jsonl|offsets\.npy|hnsw|npy)")
+
+
 def check_target(path):
-    """A place that a base may be written to: free, empty, or an older base."""
+    """A place that a base may be written to: free, empty, or an older base, which is replaced, and nothing beside it."""
     if path.exists() and not (path / "manifest.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path}: exists and is no knowledge base: give another place, nothing was overwritten")
+    for file in sorted(path.iterdir()) if path.exists() else ():
+        if not OWN_FILE.fullmatch(file.name):
+            raise ValueError(f"{file}: not of the base that would be replaced: move it away, nothing was overwritten")
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -713,6 +714,13 @@ def _(b):
     return build(b, {"id": "1", "text": "t"}), "is no knowledge base"
 
 
+@case("index: something else lies in the base that would be replaced")
+def _(b):
+    shutil.copytree(b.w / "kb" / "text", b.dir / "kb")
+    b.file("kb/diary.txt", "mine")
+    return build(b, {"id": "1", "text": "t"}), "diary.txt: not of the base that would be replaced"
+
+
 def base(b, file, change):
     """Asks a copy of the text base, one file of which went through `change` (None: it is gone)."""
     kb = Path(shutil.copytree(b.w / "kb" / "text", b.dir / "kb"))
@@ -733,9 +741,9 @@ for name, file, change, said in (
     case(f"index: {name}")(lambda b, file=file, change=change, said=said: (base(b, file, change), said))
 
 
-def forged(b, change):
+def forged(b, change, words=None):
     """Asks a copy of the text base whose manifest went through `change` and got a new checksum."""
-    words = base(b, "manifest.json", lambda data: data)
+    words = words or base(b, "manifest.json", lambda data: data)
     manifest = json.loads((b.dir / "kb" / "manifest.json").read_text())
     del manifest["sha256"]
     change(manifest)
@@ -750,6 +758,31 @@ for name, change in (("no shards", lambda m: m.pop("shards")), ("shards that are
                      ("files outside", lambda m: m["files"].update({"../x": m["files"].pop("encoder.json")}))):
     case(f"index: a forged manifest, {name}")(
         lambda b, change=change: (forged(b, change), "manifest.json: not as this program writes it"))
+
+
+def other_graph(b, dim, rows):
+    """Asks a copy of the text base whose graph is another, and whose manifest was made to fit."""
+    words = base(b, "manifest.json", lambda data: data)
+    file = b.dir / "kb" / "00000.hnsw"
+    graph = retrieve.Graph.empty(dim, rows, retrieve.IndexOptions())
+    graph.add(np.eye(rows, dim, dtype=np.float32))
+    graph.save(file)
+    forged(b, lambda m: m["shards"][0]["files"].update({file.name: retrieve.checksum(file)}), words)
+    return words
+
+
+case("index: a forged graph of fewer rows")(lambda b: (other_graph(b, 512, 3), "00000.hnsw: 3 vectors of dimension"))
+
+
+@case("index: forged vectors of another shape")
+def _(b):
+    corpus = b.file("d.jsonl", {"id": "1", "text": "a word"})
+    retrieve.KnowledgeBase.build(retrieve.read_docs(corpus), "lexical", index="flat").save(b.dir / "kb")
+    file = b.dir / "kb" / "00000.npy"
+    np.save(file, np.zeros((1, 7), np.float16))
+    words = ["retrieve", "search", b.dir / "kb", "word"]
+    forged(b, lambda m: m["shards"][0]["files"].update({file.name: retrieve.checksum(file)}), words)
+    return words, "00000.npy: 1 vectors of dimension 7 for 1 documents"
 
 
 # ------------------------------------------------------------------------------------------- adapters and checkpoints
