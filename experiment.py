@@ -77,6 +77,7 @@ COLLAPSE = {                        # options beside those of Step-GRPO
     "balanced, hops that are ready": ("--ready",),
 }
 ABLATION = {
+    STEP: (),
     "without similarity": ("--similarity-weight", 0, "--route-weight", 1),
     "without route": ("--similarity-weight", 1, "--route-weight", 0),
     "without strict format": ("--form", "published"),
@@ -393,10 +394,11 @@ def summary(out, scale):
     whole = {}
     wanted = {(j.part, j.name, j.seed): fingerprint(KINDS[j.kind](j, scale)) for j in plan(scale)}
     for part in dict.fromkeys(part for part, _, _ in wanted):
-        by_name = {}
+        by_name = {name: {} for of, name, _ in wanted if of == part}                    # in the order of the plan
         for row in results_of(part, out):
             if wanted.get((part, row["name"], row["seed"])) == row["fingerprint"]:
-                by_name.setdefault(row["name"], {})[row["seed"]] = row
+                by_name[row["name"]][row["seed"]] = row
+        by_name = {name: rows for name, rows in by_name.items() if rows}
         whole[part] = {name: over_seeds([rows[s] for s in sorted(rows)]) for name, rows in by_name.items()
                        if part != "depth"}
         if part == "depth":                         # several tests a run
