@@ -488,10 +488,16 @@ def by_kind(names):
 
 
 def depths(names):
-    """F1-Recall of each test of depth: mean over seeds, and each; a line a recipe."""
-    return table(["trained on two hops and", *DEPTH_TESTS],
-                 [[name.removeprefix("to "), *(shown(tests[t]["f1_recall"], ".2f") if t in tests else "-"
-                                               for t in DEPTH_TESTS)] for name, tests in names.items()])
+    """F1-Recall of each test of depth: mean over seeds, and each; a line a recipe. Then how often a question was
+    searched for, and how many of its steps were malformed; a right trajectory has a search a hop."""
+    def lines(cell):
+        return [[name.removeprefix("to "), *(cell(tests[t]) if t in tests else "-" for t in DEPTH_TESTS)]
+                for name, tests in names.items()]
+    one = lambda score: shown(score, ".2f").split()[0]
+    return "\n\n".join([
+        table(["trained on two hops and", *DEPTH_TESTS], lines(lambda s: shown(s["f1_recall"], ".2f"))),
+        table(["searches / malformed steps", *DEPTH_TESTS],
+              lines(lambda s: f"{one(s['retrievals'])} / {one(s['malformed'])}"))])
 
 
 def costs(names):

@@ -62,7 +62,7 @@ def row(name, seed, f1, kinds, tokens=100, retrievals=1.5, routing=1.0):
     return {"part": "main", "name": name, "seed": seed, "cpu_seconds": 9, "commit": "c", "machine": "m",
             "curve": [{"tokens": tokens}],
             "test": {"n": 4, "f1_recall": f1, "retrievals": retrievals, "gold_retrievals": 1.5,
-                     "route_accuracy": routing, "by_kind": kinds, "by_hops": {"1": f1}}}
+                     "route_accuracy": routing, "malformed": 0.25, "by_kind": kinds, "by_hops": {"1": f1}}}
 
 
 def test_seeds_are_summed_up_by_hand():
@@ -129,9 +129,11 @@ def test_speeds_of_a_figure_measured_twice_and_of_one_without_a_peer():
 
 
 def test_depths_have_a_column_a_test_and_a_line_a_recipe():
-    """Two seeds, 0.5 and 1.0 on two hops: 0.75; five hops were not asked of the second recipe."""
+    """Two seeds, 0.5 and 1.0 on two hops: 0.75; five hops were not asked of the second recipe; 1.5 searches each."""
     tests = lambda *names: {name: experiment.over_seeds([row("x", i, f, {"a": f}) for i, f in enumerate((0.5, 1.0))])
                             for name in names}
     lines = experiment.depths({"to three hops": tests(*experiment.DEPTH_TESTS), "to four hops": tests("two hops")})
-    assert lines.splitlines()[2:] == ["| three hops |" + " 0.75 ± 0.35 (0.50 / 1.00) |" * 6,
-                                      "| four hops | 0.75 ± 0.35 (0.50 / 1.00) |" + " - |" * 5]
+    scores, costs = (part.splitlines()[2:] for part in lines.split("\n\n"))
+    assert scores == ["| three hops |" + " 0.75 ± 0.35 (0.50 / 1.00) |" * 6,
+                      "| four hops | 0.75 ± 0.35 (0.50 / 1.00) |" + " - |" * 5]
+    assert costs == ["| three hops |" + " 1.50 / 0.25 |" * 6, "| four hops | 1.50 / 0.25 |" + " - |" * 5]
