@@ -31,7 +31,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from model import WEIGHT_TYPES, load_picture, read_json, usable_device, weight_files
+from model import WEIGHT_TYPES, load_picture, picture_settings, read_json, usable_device, weight_files
 
 # ------------------------------------------------------------------------------------------------------ small parts
 
@@ -555,7 +555,7 @@ class TextEncoder(Encoder):
 
 def model_print(paths, *options):
     """A hash of model directories (config, tokenizer, weights) and of the options that shape document vectors."""
-    names = ("config.json", "tokenizer.json", "preprocessor_config.json")
+    names = ("config.json", "tokenizer.json", "preprocessor_config.json", "processor_config.json")
     files = [file for path in paths for file in [*(Path(path) / name for name in names), *weight_files(path)]]
     sums = [checksum(file)["sha256"] for file in files if file.is_file()]
     return hashlib.sha256(json.dumps([sums, options]).encode()).hexdigest()[:32]
@@ -630,8 +630,8 @@ class ClipEncoder(Encoder):
         self.towers = load_weights(towers, path, CLIP_NAMES, CLIP_UNUSED).to(device, precision(device)).eval()
         self.tokenizer = read_tokenizer(path)
         self.tokenizer.enable_truncation(text["max_position_embeddings"])
-        file = Path(path) / "preprocessor_config.json"
-        said = read_json(file) if file.is_file() else {}
+        known = any((Path(path) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
+        said = picture_settings(path) if known else {}
         edge, crop = (said.get(name, vision["image_size"]) for name in ("size", "crop_size"))
         self.edge = edge.get("shortest_edge", edge.get("height")) if isinstance(edge, dict) else edge
         self.crop = crop["height"] if isinstance(crop, dict) else crop

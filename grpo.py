@@ -118,6 +118,8 @@ def step_reward(output, step, similarity, options=RewardOptions()):
         return Reward(0.0, 0.0, similarity=0.0, route=0.0)
     query, base = asked
     gold_query, gold_base = step["answer"]["query"].strip().lower(), step["answer"]["retriever"][0].strip().lower()
+    if gold_query == "none":                                            # said of either, it is meant of both
+        gold_base = "none"
     nothing, gold_nothing = base == "none", gold_base == "none"
     sim = float(nothing == gold_nothing) if nothing or gold_nothing else float(similarity(query, gold_query))
     route = float(base == gold_base)
@@ -187,8 +189,7 @@ def grpo_loss(logp, old_logp, advantages, mask, *, ref_logp=None, clip=0.2, clip
     count = normalizer or (int(mask.sum()) if level == "token" else int((lengths > 0).sum())) or 1
     weight = (weight * torch.ones_like(logp))[mask] / count                         # (M,), sum 1 over the whole batch
     A = advantages[:, None].expand_as(logp)[mask]                                   # (M,)
-    log_ratio = logp[mask] - old_logp[mask]
-    ratio = log_ratio.exp()                                                         # Eq. 4
+    ratio = (logp[mask] - old_logp[mask]).clamp(max=80).exp()                       # Eq. 4; at most 5e34, not infinite
     clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
     loss = (weight * -torch.min(ratio * A, clipped * A)).sum()                      # Eq. 5
     r = ratio.detach() if len(ratio) else torch.ones(1)

@@ -719,14 +719,17 @@ class VLM(nn.Module):
         write_json(path / "config.json", raw)
 
     # ---------------------------------------------------------------------------------------------------------- forward
+    def picture_tokens(self, image_grid_thw):
+        """How many tokens the pictures of these grids (pictures, 3) take."""
+        merged = self.config.vision.spatial_merge_size ** 2
+        return 0 if image_grid_thw is None else int((image_grid_thw.prod(-1) // merged).sum())
+
     def embed(self, input_ids, pixel_values=None, image_grid_thw=None, here=None):
         """Token embeddings, with the image tokens' places (`here`, by default wherever their id stands) filled by the
         vision tower. (B, T) -> (B, T, C)."""
         x = self.model.embed_tokens(input_ids)
         here = input_ids == self.config.image_token_id if here is None else here
-        wanted = 0
-        if image_grid_thw is not None:
-            wanted = int((image_grid_thw.prod(-1) // self.config.vision.spatial_merge_size ** 2).sum())
+        wanted = self.picture_tokens(image_grid_thw)
         if int(here.sum()) != wanted:
             raise ValueError(f"{int(here.sum())} image tokens in input_ids, but the pictures make {wanted}: "
                              "the prompt was cut or pictures are missing")
@@ -882,8 +885,10 @@ class VLM(nn.Module):
         """
         wanted = targets_mask.bool()
         wanted = wanted[:, 1:] if wanted.shape[1] == input_ids.shape[1] else wanted     # (B, T - 1)
-        # a sampled image token is a token like any other
-        here = (input_ids == self.config.image_token_id) & ~F.pad(wanted, (1, 0))
+        here = input_ids == self.config.image_token_id
+        if int(here.sum()) != self.picture_tokens(image_grid_thw):
+            # a sampled image token is a token like any other
+            here &= ~F.pad(wanted, (1, 0))
         hidden = self.hidden_states(input_ids, attention_mask, pixel_values, image_grid_thw, here)
         hidden = hidden[:, :-1][wanted]                                                 # (M, C)
         logps = self.token_log_probs(hidden, input_ids[:, 1:][wanted], temperature)
@@ -1030,7 +1035,8 @@ def check_rank(rank, alpha, where):
 
 
 def add_lora(vlm, rank=16, alpha=32, targets=LORA_TARGETS, seed=0):
-    """Freeze the model and give each linear layer whose name ends with a target an adapter.
+    """Freeze the model and give each linear layer whose name ends with a target an adapter, be it our name or the newer
+    published one (`published_name`).
 
     Returns the trainable parameters. Raises ValueError, with nothing changed, where a target names no layer or the head
     (whose weight is used without its layer), and where the model has an adapter.
@@ -1039,7 +1045,8 @@ def add_lora(vlm, rank=16, alpha=32, targets=LORA_TARGETS, seed=0):
     if hasattr(vlm, "lora"):
         raise ValueError("add_lora: the model has an adapter already: merge_lora first")
     layers = [name for name, m in vlm.named_modules() if isinstance(m, nn.Linear)]
-    found = {t: [name for name in layers if ("." + name).endswith("." + t)] for t in targets}
+    ends = lambda name, target: ("." + name).endswith("." + target)
+    found = {t: [name for name in layers if ends(name, t) or ends(published_name(name), t)] for t in targets}
     if not found or (empty := [t for t, names in found.items() if not names]):
         raise ValueError(f"add_lora: no linear layer is named {', '.join(empty) if found else 'in targets'}")
     if head := [t for t, names in found.items() if "lm_head" in names]:
@@ -1049,7 +1056,10 @@ def add_lora(vlm, rank=16, alpha=32, targets=LORA_TARGETS, seed=0):
     for name in dict.fromkeys(name for names in found.values() for name in names):
         parent, last = name.rsplit(".", 1)
         setattr(vlm.get_submodule(parent), last, LoRALinear(vlm.get_submodule(name), rank, alpha, generator))
-    vlm.lora = {"r": rank, "lora_alpha": alpha, "target_modules": list(targets)}
+    # as peft would find them: it knows the published names alone
+    named = {t: [t] if all(ends(published_name(name), t) for name in names) else [published_name(n) for n in names]
+             for t, names in found.items()}
+    vlm.lora = {"r": rank, "lora_alpha": alpha, "target_modules": [name for names in named.values() for name in names]}
     return [p for p in vlm.parameters() if p.requires_grad]
 
 
@@ -1066,10 +1076,14 @@ def lora_disabled(vlm):
             m.enabled = True
 
 
+def published_name(name):
+    """Our name of a layer or parameter -> that of the newer published layout."""
+    return "model.language_model." + name[len("model."):] if name.startswith("model.") else "model." + name
+
+
 def adapter_name(name):
     """Our parameter name -> peft's: base_model.model. + the newer published path, `.weight` behind lora_A, lora_B."""
-    name = "model.language_model." + name[len("model."):] if name.startswith("model.") else "model." + name
-    return f"base_model.model.{name}.weight"
+    return f"base_model.model.{published_name(name)}.weight"
 
 
 def save_adapter(vlm, path):
@@ -1089,7 +1103,7 @@ def save_adapter(vlm, path):
 def load_adapter(vlm, path):
     """Read an adapter in peft's format into a model, adding the layers where it has none.
 
-    Raises ValueError that names every key that does not fit.
+    Raises ValueError that names every key that does not fit, with nothing changed.
     """
     config = read_json(Path(path) / "adapter_config.json")
     plain = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none", "modules_to_save": None,
@@ -1104,12 +1118,6 @@ def load_adapter(vlm, path):
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise ValueError(f"{path}: target_modules is {targets!r}, expected a list of layer names")
     check_rank(config.get("r"), config.get("lora_alpha"), path)
-    if not hasattr(vlm, "lora"):
-        add_lora(vlm, config["r"], config["lora_alpha"], tuple(config["target_modules"]))
-    if vlm.lora["lora_alpha"] != config["lora_alpha"]:
-        raise ValueError(f"{path}: lora_alpha is {config['lora_alpha']}, "
-                         f"the model's adapter has {vlm.lora['lora_alpha']}")
-    ours = {n: p for n, p in vlm.named_parameters() if "lora_" in n}
     theirs, file = {}, Path(path) / "adapter_model.safetensors"
     try:
         with safe_open(file, framework="pt", device="cpu") as f:
@@ -1119,12 +1127,20 @@ def load_adapter(vlm, path):
                 theirs[our_name(key.removeprefix("base_model.model.")).removesuffix(".weight")] = f.get_tensor(key)
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{file}: not a readable safetensors file ({e})") from None
+    if new := not hasattr(vlm, "lora"):
+        add_lora(vlm, config["r"], config["lora_alpha"], tuple(targets))
+    if vlm.lora["lora_alpha"] != config["lora_alpha"]:
+        raise ValueError(f"{path}: lora_alpha is {config['lora_alpha']}, "
+                         f"the model's adapter has {vlm.lora['lora_alpha']}")
+    ours = {n: p for n, p in vlm.named_parameters() if "lora_" in n}
     bad = [f"missing: {n}" for n in sorted(set(ours) - set(theirs))]
     bad += [f"unexpected: {n}" for n in sorted(set(theirs) - set(ours))]
     bad += [f"shape {list(theirs[n].shape)} instead of {list(ours[n].shape)}: {n}"
             for n in ours if n in theirs and theirs[n].shape != ours[n].shape]
     bad += [f"infinite or not a number: {n}" for n in ours if n in theirs and not finite(theirs[n])]
     if bad:
+        if new:
+            merge_lora(vlm)                                             # B is zero: the weights stay what they are
         raise ValueError(f"{path}: {len(bad)} adapter weights do not fit: {'; '.join(bad)}")
     with torch.no_grad():
         for n, p in ours.items():
@@ -1203,6 +1219,18 @@ def load_picture(image):
         raise ValueError(f"{image}: not a readable picture ({e})") from None
 
 
+def picture_settings(path):
+    """Picture settings of a model directory: preprocessor_config.json, or the part of processor_config.json in which
+    newer releases of transformers save them."""
+    old, new = Path(path) / "preprocessor_config.json", Path(path) / "processor_config.json"
+    if old.is_file() or not new.is_file():
+        return read_json(old)
+    settings = read_json(new).get("image_processor")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{new}: no picture settings ('image_processor'), and there is no {old.name}")
+    return settings
+
+
 def check_pictures(settings):
     """Raise ValueError for picture settings that cannot be, before any picture is made that large."""
     size = settings.get("size") or {}
@@ -1213,6 +1241,12 @@ def check_pictures(settings):
         if value is not None and (type(value) is not int or not 1 <= value <= limit):
             raise ValueError(f"preprocessor_config.json: {name} is {str(value)[:40]!r}, expected a whole number from 1 "
                              f"to {limit}")
+    for name, only in (("do_resize", True), ("do_rescale", True), ("do_normalize", True), ("resample", 3)):
+        if settings.get(name, only) not in (only, None):
+            raise ValueError(f"preprocessor_config.json: {name} is {str(settings[name])[:40]!r}, this code supports "
+                             f"{only} only")
+    if not math.isclose(scale := settings.get("rescale_factor") or 1 / 255, 1 / 255, rel_tol=1e-3):
+        raise ValueError(f"preprocessor_config.json: rescale_factor is {scale!r}, this code supports 1/255 only")
     for name, least in (("image_mean", -math.inf), ("image_std", 0)):
         values = settings.get(name, [1, 1, 1])
         fits = isinstance(values, list) and [type(x) in (int, float) and least < x < math.inf for x in values]
@@ -1221,8 +1255,7 @@ def check_pictures(settings):
 
 
 class Processor:
-    """Conversations -> token ids and patches (ChatML, `tokenizer.json`, `preprocessor_config.json`), and token ids ->
-    text."""
+    """Conversations -> token ids and patches (ChatML, `tokenizer.json`, `picture_settings`), and token ids -> text."""
     CONTROL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
     # what the published template says where a conversation has no system turn
     DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -1234,15 +1267,16 @@ class Processor:
             raise ValueError(f"tokenizer.json lacks the control tokens {', '.join(missing)}; "
                              "is this a Qwen2.5-VL tokenizer?")
         check_pictures(settings)
-        # whatever the file says of them, control tokens are special,
+        # whatever the file says of them, control tokens and ends are special,
         # and special tokens in a text are read as the letters they are written with
-        tokenizer.add_special_tokens(list(self.CONTROL))
+        ends = {"<|endoftext|>", *map(tokenizer.id_to_token, eos_ids)} & set(tokenizer.get_vocab())
+        tokenizer.add_special_tokens([*self.CONTROL, *sorted(ends.difference(self.CONTROL))])
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()                         # a file may ask for both; a cut prompt loses the question
         tokenizer.no_padding()
         ids = map(tokenizer.token_to_id, self.CONTROL)
         self.start, self.end, self.vision_start, self.vision_end, self.image_pad = ids
-        self.eos_ids = tuple(eos_ids) or (self.end,)
+        self.eos_ids = tuple(dict.fromkeys((self.end, *eos_ids)))
         pad = tokenizer.token_to_id("<|endoftext|>")
         self.pad_id = self.end if pad is None else pad
         size = settings.get("size") or {}
@@ -1256,8 +1290,8 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, path):
-        """Read tokenizer.json, preprocessor_config.json and generation_config.json of a model directory; ValueError
-        names what is wrong."""
+        """Read tokenizer.json, the picture settings and generation_config.json of a model directory; ValueError names
+        what is wrong."""
         path = Path(path)
         if not (path / "tokenizer.json").is_file():
             raise ValueError(f"{path}: no tokenizer.json")
@@ -1265,7 +1299,7 @@ class Processor:
             tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         except Exception as e:      # the tokenizers package raises bare Exception for a file that does not parse
             raise ValueError(f"{path / 'tokenizer.json'}: not a readable tokenizer ({e})") from None
-        settings = read_json(path / "preprocessor_config.json")
+        settings = picture_settings(path)
         generation = path / "generation_config.json"
         eos = read_json(generation).get("eos_token_id") if generation.exists() else None
         eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
@@ -1339,10 +1373,11 @@ class Processor:
             raise ValueError(f"conversation: {str(conversation)[:80]} is no list of messages {{'role': ..., "
                              "'content': a string or a list}")
         parts = [part for m in conversation if not isinstance(m["content"], str) for part in m["content"]]
+        takes = {"text": str, "image": (str, os.PathLike, Image.Image)}
         if wrong := [part for part in parts if not isinstance(part, dict) or part.get("type") not in ("text", "image")
-                     or part["type"] not in part]:
-            raise ValueError(f"conversation: {str(wrong[0])[:80]} is neither {{'type': 'text', 'text': ...}} "
-                             "nor {'type': 'image', 'image': ...}")
+                     or not isinstance(part.get(part["type"]), takes[part["type"]])]:
+            raise ValueError(f"conversation: {str(wrong[0])[:80]} is neither {{'type': 'text', 'text': a string}} "
+                             "nor {'type': 'image', 'image': a path or a PIL image}")
         pictures = [self.pixels(part["image"]) for part in parts if part["type"] == "image"]
         grids = iter([g for _, g in pictures])
         if conversation[0]["role"] != "system":

@@ -618,7 +618,7 @@ OWN_FILE = re.compile(r"manifest\.json|encoder\.json|progress|\d{5,}\.(docs\.jso
 
 
 def check_target(path):
-    """A place that a base may be written to: free, empty, or an older base, which is replaced, and nothing beside it."""
+    """A place that a base may be written to: free, empty, or an older base and nothing beside it."""
     if path.exists() and not (path / "manifest.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path}: exists and is no knowledge base: give another place, nothing was overwritten")
     for file in sorted(path.iterdir()) if path.exists() else ():

@@ -500,8 +500,8 @@ def write_model(path, model, origin, prompts, dtype=None):
     """A model directory: our weights (or adapter), and tokenizer, picture settings and prompts of the directory that
     training started from."""
     path.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json",
-                 "chat_template.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json",
+                 "generation_config.json", "chat_template.json", "chat_template.jinja"):
         if (Path(origin) / name).exists():
             shutil.copy(Path(origin) / name, path / name)
     if prompts:

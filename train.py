@@ -85,6 +85,8 @@ def gold_base(answer):
     """The base of a routing step's gold answer, "none" included; None where it names none that is known."""
     named = answer.get("retriever") if isinstance(answer, dict) else None
     name = named[0].strip().lower() if isinstance(named, list) and named and isinstance(named[0], str) else None
+    if name and str(answer.get("query")).strip().lower() == "none":     # said of either, it is meant of both
+        return "none"
     return name if name in (*BASE_OF, "none") else None
 
 
@@ -107,6 +109,8 @@ def read_steps(path):
             if not isinstance(row.get("images") or [], list):
                 raise TypeError("images is no list")
             images = tuple(str(path.parent / i) for i in row.get("images") or ())
+            if len(images) > 1:
+                raise ValueError(f"{len(images)} pictures: a row shows one")
             # published files name their authors' paths, which nobody else has: such rows are counted and left out
             if outside := [i for i in images if os.path.exists(i) and not inside(i, path.parent)]:
                 raise ValueError(f"picture {outside[0]} leads out of the file's folder: put it, or a hard link, there")
@@ -165,7 +169,7 @@ class Mixture:
 
 def encoded(processor, example):
     """An example -> its prompt, (ids, patches, grids), and the ids of its target, the end of turn included."""
-    return processor.prompt(example.conversation()), processor.encode(example.target()) + [processor.eos_ids[0]]
+    return processor.prompt(example.conversation()), processor.encode(example.target()) + [processor.end]
 
 
 def count_tokens(processor, example):
@@ -243,7 +247,10 @@ def read_sources(specs):
         try:
             if not 0 < float(share) < math.inf:
                 raise ValueError(f"the share is {share}: give a positive number")
-            sources.append((name, [step for row in read_steps(name) for step in row], float(share)))
+            rows, counts = clean_rows(read_steps(name), ())
+            if counts["no_picture"]:
+                tell(f"--data {spec}: left out {counts['no_picture']} rows whose picture is missing")
+            sources.append((name, [step for row in rows for step in row], float(share)))
         except ValueError as e:
             raise ValueError(f"--data {spec}: {e}") from None
     if not sources:
@@ -489,7 +496,7 @@ def clean_rows(rows, drop):
         asked = [query for query in queries if query != "none"]
         return {"no_picture": any(not Path(i).is_file() for s in row for i in s.images),
                 "repeats": len(set(asked)) < len(asked),
-                "no_information": any(s.kind == "ans" and not s.final and NO_INFORMATION.search(s.answer) for s in row)}
+                "no_information": any(NO_INFORMATION.search(s.answer) for s in row if isinstance(s.answer, str))}
     found = [faults(row) for row in rows]
     kept = [row for row, f in zip(rows, found) if not any(f[name] for name in {*drop, "no_picture"})]
     if not kept:

@@ -77,6 +77,15 @@ def test_long_gold_is_paid_by_share():
     assert answer_reward("cat sat", [gold, gold]) == 0.0
 
 
+@pytest.mark.parametrize("gold", [{"query": "none", "retriever": ["text retriever"]},
+                                  {"query": "which?", "retriever": ["none"]}])
+def test_none_of_the_gold_sub_question_or_base_is_meant_of_both(gold):
+    stop = "<think> t</think><sub-question> None</sub-question><ret> None</ret>"
+    ask = "<think> t</think><sub-question> which?</sub-question><ret> Text Retriever</ret>"
+    paid = lambda output: step_reward(output, {"step_type": "ret", "answer": gold}, lambda query, gold: 1.0).total
+    assert (paid(stop), paid(ask)) == (1.0, 0.0)
+
+
 def test_price_of_a_retrieval_is_taken_off_routing_steps_only():
     options = RewardOptions(price=0.2)
     asks, stops = route("what city is this?", "Text Image Retriever"), route("None", "None")
@@ -210,6 +219,15 @@ def test_parts_of_a_batch_add_up_to_the_whole():
     parts = [grpo_loss(logp[i:i + 2], old[i:i + 2], A[i:i + 2], mask[i:i + 2], normalizer=int(mask.sum()))[0]
              for i in (0, 2)]
     assert sum(parts).item() == pytest.approx(whole.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("A, value, slope", [(0.0, 0.0, 0.0), (1.0, -1.2, 0.0)])
+def test_a_policy_far_from_its_samples_has_a_finite_loss(A, value, slope):
+    """exp(100) is infinite in float32; a clipped ratio has value 1.2 and no gradient all the same, A = 0 has neither."""
+    logp = torch.zeros(1, 1, requires_grad=True)
+    loss, _ = grpo_loss(logp, torch.full((1, 1), -100.0), torch.tensor([A]), torch.ones(1, 1))
+    loss.backward()
+    assert (loss.item(), logp.grad.item()) == pytest.approx((value, slope))
 
 
 def test_garbage_outside_the_mask_reaches_neither_value_nor_gradient():

@@ -540,6 +540,14 @@ def test_log_probs_take_the_mask_of_the_targets_too(tiny):
     assert torch.equal(nothing, torch.zeros(2, 8))
 
 
+def test_log_probs_of_all_tokens_pictures_included(tiny):
+    """The mask may cover a prompt's pictures: they stand where the grids say, and their ids have log-probabilities."""
+    ours = tiny.vlm.log_probs(**PICTURES, targets_mask=REAL)
+    both = REAL[:, 1:] & REAL[:, :-1]                   # a row's first token is given nothing
+    theirs = plain_log_probs(hf_logits(tiny.hf, PICTURES), PICTURES, 1.0)
+    assert (PICTURES["input_ids"] == IMAGE_PAD).any() and (ours - theirs)[both].abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_the_head_in_chunks(tiny, chunk):
     """Chunks of 1, 7 and all of 20 positions: the same values, entropies and gradients as one log-softmax over
@@ -685,6 +693,43 @@ def test_lora_disabled_is_the_base(tiny):
         assert torch.equal(our_logits(vlm, PICTURES), base)
         raise KeyError  # an error inside leaves the adapter on again
     assert torch.equal(our_logits(vlm, PICTURES), adapted)
+
+
+PATHS = ("layers.1.self_attn.q_proj", "model.layers.1.self_attn.q_proj",
+         "model.language_model.layers.1.self_attn.q_proj", "language_model.layers.1.self_attn.q_proj",
+         "visual.blocks.0.attn.qkv", "model.visual.blocks.0.attn.qkv")
+
+
+@pytest.mark.parametrize("target", PATHS)
+def test_targets_by_path_are_those_of_peft(tiny, tmp_path, target):
+    """Our paths and the published ones name one layer; what we save and what peft saves goes to the other."""
+    vlm = with_adapter(tiny, targets=(target,))
+    assert sum(isinstance(m, model.LoRALinear) for m in vlm.modules()) == 1
+    model.save_adapter(vlm, tmp_path / "ours")
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny.path)
+    adapted = PeftModel.from_pretrained(hf, tmp_path / "ours").eval()
+    assert_same_logits(vlm, adapted)
+    adapted.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        again = fresh(tiny)
+        model.load_adapter(again, tmp_path / folder)
+        assert torch.equal(our_logits(again, PICTURES), our_logits(vlm, PICTURES))
+
+
+def test_a_refused_adapter_leaves_the_model_as_it_was(tiny, tmp_path):
+    """Its rank is 4 in the file and 3 in the config. The right one is read afterwards."""
+    right, wrong, vlm = with_adapter(tiny), tmp_path / "wrong", fresh(tiny)
+    model.save_adapter(right, wrong)
+    config = json.loads((wrong / "adapter_config.json").read_text())
+    (wrong / "adapter_config.json").write_text(json.dumps({**config, "r": 3}))
+    with pytest.raises(ValueError, match="weights do not fit"):
+        model.load_adapter(vlm, wrong)
+    assert not hasattr(vlm, "lora") and all(weight.requires_grad for weight in vlm.parameters())
+    assert vlm.state_dict().keys() == tiny.vlm.state_dict().keys()
+    assert torch.equal(our_logits(vlm, PICTURES), our_logits(tiny.vlm, PICTURES))
+    (wrong / "adapter_config.json").write_text(json.dumps(config))
+    model.load_adapter(vlm, wrong)
+    assert torch.equal(our_logits(vlm, PICTURES), our_logits(right, PICTURES))
 
 
 def test_peft_loads_our_adapter(tiny, tmp_path):
@@ -986,6 +1031,56 @@ def test_a_broken_processor_directory(tiny, tmp_path):
         model.Processor.from_pretrained(path)
 
 
+def test_picture_settings_as_transformers_saves_them_now(tiny, processor, tmp_path):
+    """Its processors write the settings of their parts into processor_config.json (ProcessorMixin.to_json_file), and
+    its image processor reads them back from there."""
+    path = shutil.copytree(tiny.path, tmp_path / "new")
+    settings = json.loads((path / "preprocessor_config.json").read_text())
+    (path / "preprocessor_config.json").unlink()
+    (path / "processor_config.json").write_text(json.dumps({"image_processor": settings, "processor_class": "x"}))
+    theirs, ours = Qwen2VLImageProcessorPil.from_pretrained(path), model.Processor.from_pretrained(path)
+    picture = Image.effect_noise((90, 70), 80).convert("RGB")
+    expected = torch.as_tensor(theirs(images=[picture], return_tensors="pt")["pixel_values"])
+    assert torch.equal(ours.pixels(picture)[0], processor.pixels(picture)[0])
+    assert (ours.pixels(picture)[0] - expected).abs().max() < 1e-4
+    (path / "processor_config.json").write_text('{"processor_class": "x"}')
+    with pytest.raises(ValueError, match="processor_config.json: no picture settings"):
+        model.Processor.from_pretrained(path)
+
+
+@pytest.mark.parametrize("name, value", [("do_resize", False), ("do_rescale", False), ("do_normalize", False),
+                                         ("resample", 2), ("rescale_factor", 1 / 128)])
+def test_picture_settings_that_change_the_pixels_are_refused(tiny, tmp_path, name, value):
+    """Each makes other pixels in transformers."""
+    path = shutil.copytree(tiny.path, tmp_path / "other")
+    settings = json.loads((path / "preprocessor_config.json").read_text())
+    picture = Image.effect_noise((90, 70), 80).convert("RGB")
+    pixels = []
+    for said in (settings, {**settings, name: value}):
+        (path / "preprocessor_config.json").write_text(json.dumps(said))
+        image = picture.resize((84, 84)) if name == "do_resize" else picture     # which is not resized must fit
+        pixels.append(torch.as_tensor(Qwen2VLImageProcessorPil.from_pretrained(path)(
+            images=[image], return_tensors="pt")["pixel_values"]))
+    assert name == "do_resize" or not torch.equal(*pixels)
+    with pytest.raises(ValueError, match=name):
+        model.Processor.from_pretrained(path)
+
+
+def test_the_turn_ends_with_its_own_token_however_ends_are_listed(tiny, tmp_path):
+    """eos_token_id is a set to transformers: any order, with or without <|im_end|>. All are special."""
+    path = shutil.copytree(tiny.path, tmp_path / "ends")
+    file = path / "tokenizer.json"
+    plain = json.loads(file.read_text())
+    for token in plain["added_tokens"]:
+        token["special"] = False
+    file.write_text(json.dumps(plain))
+    for listed in ([ENDOFTEXT, IM_END], ENDOFTEXT):
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+        processor = model.Processor.from_pretrained(path)
+        assert processor.end == IM_END and processor.eos_ids == (IM_END, ENDOFTEXT)
+        assert ENDOFTEXT not in processor.encode("a<|endoftext|>b") and processor.decode([ENDOFTEXT]) == ""
+
+
 @pytest.mark.parametrize("wrong", [[], [[]], ["hello"], [[{"content": "x"}]], [[{"role": "user", "content": None}]],
                                    [[{"role": "user", "content": ["x"]}]]], ids=str)
 def test_conversations_that_are_refused(processor, wrong):
@@ -993,9 +1088,13 @@ def test_conversations_that_are_refused(processor, wrong):
         processor(wrong)
 
 
-@pytest.mark.parametrize("part", [{"type": "video", "video": "film.mp4"}, {"type": "image"}], ids=str)
+@pytest.mark.parametrize("part", [{"type": "video", "video": "film.mp4"}, {"type": "image"},
+                                  {"type": "text", "text": None}, {"type": "text", "text": 5},
+                                  {"type": "text", "text": ["a"]}, {"type": "image", "image": None},
+                                  {"type": "image", "image": [1]}, {"type": "image", "image": torch.zeros(3, 8, 8)},
+                                  {"type": "image", "image": 7}], ids=lambda p: str(p)[:30])
 def test_contents_that_are_refused(processor, part):
-    with pytest.raises(ValueError, match="video|image"):
+    with pytest.raises(ValueError, match="is neither"):
         processor([[{"role": "user", "content": [part]}]])
 
 

@@ -102,6 +102,8 @@ def test_published_rows_are_counted_and_left_out_by_option(golden, tmp_path):
      "step_type 'nap'"),
     ('{"images": [], "steps": []}', "steps"),
     ('{"images": []}', "line 2"),
+    ('{"images": ["a.jpg", "b.jpg"], "steps": [{"step_type": "ans", "problem": "p", "system": "s", "answer": "a"}]}',
+     "2 pictures"),
 ])
 def test_a_row_that_does_not_fit_is_named_with_file_and_line(tmp_path, line, found):
     good = '{"images": [], "steps": [{"step_type": "ans", "problem": "p", "system": "s", "answer": "a"}]}'
@@ -123,6 +125,23 @@ def test_the_mask_covers_the_target_and_its_end_and_nothing_else(home, processor
         assert processor.tokenizer.decode(ids[m].tolist(), skip_special_tokens=False) == e.target() + "<|im_end|>"
     _, _, dropped = train.make_batch(processor, examples, 70, "cpu")
     assert 0 < dropped < len(examples)
+
+
+def test_rows_whose_picture_is_missing_are_counted_and_left_out_of_sft_too(home, tmp_path, capsys):
+    """As of the published file, whose pictures nobody has."""
+    rows = [json.loads(line) for line in open(home / "w" / "steps.jsonl")][:12]
+    lost = [{**row, "images": ["gone.jpg"]} for row in rows if row["images"]]
+    folder = home / "w"                                           # pictures lie beside the file
+    (folder / "lost.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lost + rows))
+    [(_, steps, share)] = train.read_sources([str(folder / "lost.jsonl") + "=2"])
+    assert len(steps) == sum(len(row["steps"]) for row in rows) and share == 2 and lost
+    assert f"left out {len(lost)} rows whose picture is missing" in capsys.readouterr().err
+    done = run("train.py", "sft", "--model", home / "m", "--data", folder / "lost.jsonl", "--steps", 2, "--tokens", 400,
+               "--val-every", 0, "--out", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    (folder / "lost.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lost))
+    with pytest.raises(ValueError, match="lost.jsonl: no row is left to train on"):
+        train.read_sources([str(folder / "lost.jsonl")])
 
 
 def test_supervised_loss_equals_transformers(home, model, processor, tmp_path):
