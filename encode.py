@@ -77,6 +77,8 @@ def passage(doc):
 
 def split_query(query):
     """A query as (text, image): a string, or a dict with "text", "image" (a path or a PIL image) or both."""
+    if isinstance(query, dict) and not {"text", "image"} & set(query):
+        raise ValueError(f"a query is a string or {{'text', 'image'}}, not {query!r}")
     text, image = (query.get("text") or "", query.get("image")) if isinstance(query, dict) else (query, None)
     if not isinstance(text, str):
         raise ValueError(f"a query is a string or {{'text', 'image'}}, not {query!r}")

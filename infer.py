@@ -38,9 +38,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from encode import checksum
 from model import VLM, Processor, inside, load_picture, usable_device
-from retrieve import (MAX_ROW, KnowledgeBase, OneLineParser, code_of, load_or_build, sole_writer,
-                      stop_on_sigterm)
+from retrieve import MAX_ROW, KnowledgeBase, OneLineParser, code_of, load_or_build, sole_writer, stop_on_sigterm
 from score import (ROUTING, answer_scores, check_names, exact_match, gold_routes, golds_of, overview, plans_of,
                    predicted, print_results, printable, score_row, score_table, write_table, write_whole)
 from steps import (BASE_OF, BASES, NONE, PREFIX, PROMPTS, ROUTES, AnswerStep, RouteStep, StepError,
@@ -310,6 +310,8 @@ class Router:
 
     def open(self, place, row):
         """A Question that waits for its first reply; `place` tells it from the others that are searched with it."""
+        if not isinstance(row, dict):
+            raise ValueError(f"question {place + 1} is {str(row)[:40]!r}: expected a row {{'question': ...}}")
         if not isinstance(row.get("question"), str) or not row["question"].strip():
             raise ValueError(f"question {place + 1} is empty: give it some words")
         q = Question(place, row, self.method(row, self.options))
@@ -569,17 +571,15 @@ WORLD_ENCODERS = {"text": "lexical", "image": "pixel", "table": "lexical"}
 
 
 def read_rows(path, check, limit=None):
-    """JSONL, or its first `limit` lines -> (what `check(row, number)` returns, faults); a bad row becomes a fault."""
+    """JSONL, or its first `limit` rows -> (what `check(row, number)` returns, faults); a bad row becomes a fault."""
     if limit is not None and limit < 1:
         raise ValueError(f"{path}: its first {limit} rows are none: give at least 1")
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")[:limit]
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error}): give a JSONL file") from None
     rows, faults = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in [(i, line) for i, line in enumerate(lines, 1) if line.strip()][:limit]:
         try:
             if len(line) > MAX_ROW:
                 raise ValueError(f"a row of {len(line)} characters: {MAX_ROW} at most")
@@ -691,6 +691,8 @@ def load_bases(named):
         name, _, folder = item.partition("=")
         if name not in BASES or not folder:
             raise ValueError(f"--kb {item}: expected NAME=DIR with a name of {', '.join(BASES)}")
+        if name in bases:
+            raise ValueError(f"--kb {item}: there is a base {name} before it: name each once")
         bases[name] = KnowledgeBase.load(folder)
     return bases
 
@@ -992,24 +994,25 @@ def parse_flags(argv):
     p.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 1 is best for the tiny model")
     p.add_argument("--json", action="store_true", help="print JSON only")
     args = p.parse_args(argv)
-    check_flags(args)
+    check_flags(args, {name for name, value in vars(args).items() if value != p.get_default(name)})
     check_files(args)
     return args
 
 
 WITHOUT = {  # flag -> flags that would do nothing beside it
-    "score": ("method", "out", "show", "write_steps", "eval", "question", "chat"),
-    "question": ("chat", "eval", "out", "csv", "jsonl", "write_steps", "limit", "show"),
-    "chat": ("eval", "out", "csv", "jsonl", "write_steps", "limit", "show")}
+    "score": ("method", "out", "show", "write_steps", "keep", "eval", "images", "image",
+              "question", "chat", "prompts", "demos", "shots", *ROUTER_FLAGS),
+    "question": ("chat", "eval", "images", "out", "csv", "jsonl", "write_steps", "limit", "show"),
+    "chat": ("eval", "images", "out", "csv", "jsonl", "write_steps", "limit", "show")}
 
 
-def check_flags(args):
-    """ValueError where a flag would be ignored, or has a number that means nothing."""
+def check_flags(args, given):
+    """ValueError where a flag would be ignored, or has a number that means nothing. given: the names of those that are
+    not as by default."""
     for flag, others in WITHOUT.items():
-        for other in others if getattr(args, flag) not in (None, False) else ():
-            if getattr(args, other) not in (None, False, 0, []):
-                raise ValueError(f"--{other.replace('_', '-')} does nothing beside --{flag}: leave it or leave out "
-                                 f"--{flag}")
+        if flag in given and (idle := [other for other in others if other in given]):
+            raise ValueError(f"-{'-' * (len(idle[0]) > 1)}{idle[0].replace('_', '-')} does nothing beside --{flag}: "
+                             f"leave it or leave out --{flag}")
     if args.image is not None and args.question is None and not args.chat:
         raise ValueError("--image is the picture of --question or --chat: give one of them")
     if args.chat and (len(args.method) > 1 or "oracle" in args.method):
@@ -1029,6 +1032,8 @@ def check_files(args):
     for flag in (*written, "eval", "score", "prompts", "demos", "image"):
         paths = getattr(args, flag) or ()
         files += [(flag, os.path.realpath(path)) for path in ([paths] if isinstance(paths, str) else paths)]
+    world = Path(args.world or HERE / "data" / "demo")
+    files += [("world", os.path.realpath(world / f"{name}.jsonl")) for name in (*BASES, "questions", "steps")]
     for i, (flag, path) in enumerate(files):
         for first, other in files[:i]:
             if path == other and (first in written or first == flag):
@@ -1167,8 +1172,9 @@ def row_key(row):
 def refuse_others(path, rows, questions):
     """ValueError where a kept row {row_key: row} answers another question than the file has there now."""
     for question in questions:
-        row = rows.get(row_key(question), question)
-        if any(row.get(name) != question.get(name) for name in ("question", "image", "answer", "answer_eval", "hops")):
+        row = rows.get(row_key(question))
+        fields = ("question", "image", "answer", "answer_eval", "hops")
+        if row and any(row.get(name) != question.get(name) for name in fields):
             raise ValueError(f"{path}: its answer to line {question['line']} of {question['set']} is that to another "
                              "question: name another --out")
 
@@ -1188,7 +1194,9 @@ def settings_mark(router, args):
     """A short mark of all that the answers depend on, so that rows of another run are not taken for this one's."""
     o = router.options
     weights = [[str(file), file.stat().st_mtime] for file in sorted(Path(args.model).glob("*.safetensors"))]
-    settings = [weights, args.eval, args.world, args.kb, args.images, args.dtype, router.prompts,
+    corpora = [Path(args.world or HERE / "data" / "demo") / f"{name}.jsonl" for name in BASES]
+    bases = [base.mark for base in router.bases.values()] if args.kb else [checksum(file) for file in corpora]
+    settings = [weights, bases, args.eval, args.world, args.kb, args.images, args.dtype, router.prompts,
                 o.k, o.static_k, o.max_steps, o.max_new_tokens, o.temperature, o.seed]
     return f"{zlib.crc32(json.dumps(settings).encode()):08x}"
 

@@ -65,8 +65,7 @@ def load(inputs):
     """["DIR", "FILE", "LABEL=PATH", ...] -> (list of Run, list of Results, what was left out)."""
     runs, labels, results, faults = [], [], [], []
     for word in inputs:
-        label, _, name = word.partition("=")
-        path, label = (Path(word), None) if Path(word).exists() or not name else (Path(name), label)
+        path, label = labelled(word)
         if path.is_dir():
             run, left_out = load_run(path)
             runs, labels = [*runs, run], [*labels, label]
@@ -78,11 +77,19 @@ def load(inputs):
     return runs, results, faults
 
 
+def labelled(word):
+    """PATH or LABEL=PATH -> (path, label or None)."""
+    label, _, name = word.partition("=")
+    return (Path(word), None) if Path(word).exists() or not name else (Path(name), label)
+
+
 def load_run(folder):
     """A run folder of train.py -> (Run, faults)."""
     if not (folder / "log.jsonl").is_file():
         raise ValueError(f"{folder}: no log.jsonl in it: name a folder that train.py has written (its --out)")
     options = read_json(folder / "options.json") if (folder / "options.json").is_file() else {}
+    if not isinstance(options.get("group", 0), int):
+        raise ValueError(f"{folder / 'options.json'}: group is {options['group']!r}: expected a whole number")
     rows, faults = read_rows(folder / "log.jsonl", check_log)
     sampled, stepwise = 0, options.get("mode") in ("online", "offline")
     for row in rows:
@@ -90,8 +97,8 @@ def load_run(folder):
         row.update({f"validation.{name}": value for name, value in row.get("validation", {}).items()})
         outputs = row.get("outputs") or (stepwise and row.get("groups", 0) * options.get("group", 0))
         if outputs:
-            row["length"] = row["tokens"] / outputs
-    here = (folder / "samples.jsonl").is_file()
+            row["length"] = row.get("tokens", 0) / outputs
+    here = (folder / "samples.jsonl").is_file() and (folder / "samples.jsonl").stat().st_size    # empty: none so far
     samples, more = read_rows(folder / "samples.jsonl", check_sample) if here else ([], [])
     name = folder.resolve().name
     return Run(name, name.removesuffix(f"-{options.get('seed')}"), options, rows, samples), faults + more
@@ -107,7 +114,9 @@ def load_results(path, label=None):
 
 def check_log(row, number):
     result = row.get("validation", {"f1_recall": 0.0, "n": 0})
-    if not (isinstance(row.get("step"), int) and isinstance(row.get("tokens", 0), int) and isinstance(result, dict)
+    counted = [row.get("step"), *(row.get(name, 0) for name in ("tokens", "outputs", "groups"))]
+    if not (all(isinstance(n, int) and 0 <= n < 2 ** 53 for n in counted) and isinstance(result, dict)
+            and isinstance(row.get("seconds", 0.0), (int, float)) and -1e300 < row.get("seconds", 0.0) < 1e300
             and isinstance(result.get("f1_recall"), (int, float)) and isinstance(result.get("n"), int)):
         raise ValueError("expected a line of train.py's log, with 'step' and 'tokens', or 'step' and 'validation'")
     return row
@@ -760,7 +769,11 @@ def parse_flags(argv):
     args = p.parse_args(argv)
     if args.cards < 1:
         raise ValueError(f"--cards {args.cards}: give at least 1")
-    args.inputs = args.inputs or [str(log.parent) for log in sorted(Path("runs").glob("*/log.jsonl"))]
+    read = [path for word in args.inputs for path in (labelled(word)[0], *labelled(word)[0].glob("*.json*"))]
+    if os.path.realpath(args.out) in map(os.path.realpath, read):
+        raise ValueError(f"--out {args.out} is what the page is made of: name another file")
+    args.inputs = args.inputs or [str(log.parent) for log in sorted(Path("runs").glob("*/log.jsonl"))
+                                  if log.stat().st_size]                    # empty: nothing logged so far
     if not args.inputs:
         raise ValueError("nothing to report: no runs/*/log.jsonl here; name run folders that train.py has written, or "
                          "result files of infer.py --out")

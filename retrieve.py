@@ -537,12 +537,14 @@ class Shard:
         return cls(index, docs)
 
 
-def write_manifest(folder, encoder, options, records):
-    """The last file of a base: what it is made of, and how to tell that nothing changed since."""
+def write_manifest(folder, encoder, options, records, corpus=None):
+    """The last file of a base: what it is made of, and how to tell that nothing changed since. corpus: the checksum of
+    the file that it follows (load_or_build)."""
     write_json(folder / "encoder.json", encoder.state())
     body = {"format": FORMAT, "count": sum(record["count"] for record in records), "dim": encoder.dim, "space": "ip",
             "encoder": {"name": encoder.name, "options": encoder.options, "fingerprint": encoder.fingerprint()},
-            "index": asdict(options), "shards": records, "files": {"encoder.json": checksum(folder / "encoder.json")}}
+            "index": asdict(options), "shards": records, "files": {"encoder.json": checksum(folder / "encoder.json")},
+            **({"corpus": corpus} if corpus else {})}
     write_json(folder / "manifest.json", {**body, "sha256": text_sum(body)})
 
 
@@ -654,6 +656,7 @@ def sole_writer(path, wait=True, check=check_target):
 
 class KnowledgeBase:
     """Documents that can be searched by words, pictures or both."""
+    mark = ""  # of a saved base: tells it from all others
 
     def __init__(self, encoder, shards, options, device="cpu"):
         self.encoder, self.shards, self.options, self.device = encoder, shards, options, device
@@ -681,14 +684,14 @@ class KnowledgeBase:
         with sole_writer(path):
             self.write(path)
 
-    def write(self, path):
-        """What save does, for a caller who is the sole writer already."""
+    def write(self, path, corpus=None):
+        """What save does, for a caller who is the sole writer already; corpus: see write_manifest."""
         folder = path.parent / f".{path.name}.new"
         shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
         folder.mkdir()
         try:
             records = [shard.write(folder, number, path) for number, shard in enumerate(self.shards)]
-            write_manifest(folder, self.encoder, self.options, records)
+            write_manifest(folder, self.encoder, self.options, records, corpus)
             put_in_place(folder, path)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -713,7 +716,9 @@ class KnowledgeBase:
         check_files(path, manifest)
         options = IndexOptions(**{**manifest["index"], **({"ef": ef} if ef else {})})
         shards = [Shard.load(path, number, encoder.dim, options) for number in range(len(manifest["shards"]))]
-        return cls(encoder.restored(read_json(path / "encoder.json")), shards, options, usable_device(device))
+        base = cls(encoder.restored(read_json(path / "encoder.json")), shards, options, usable_device(device))
+        base.mark = text_sum(manifest)
+        return base
 
     def search(self, queries, k=5):
         """The k best documents of each query, best first: a list of Hit for each, shorter where the base holds fewer.
@@ -776,22 +781,25 @@ class KnowledgeBase:
 
 
 def load_or_build(path, corpus, encoder):
-    """The base of a plain JSONL corpus, kept at `path`: built on first use, or when the corpus is newer than the base.
+    """The base of a plain JSONL corpus, kept at `path`: built on first use, and again when the corpus is another one. A
+    base that somebody else built there (retrieve.py build) is kept until the corpus is newer.
 
     Of several processes that come at once one builds; the others wait for it and open what it built.
     """
     path, corpus = real_place(path), Path(corpus)
 
     def fresh():
-        try:
-            return (path / "manifest.json").stat().st_mtime >= corpus.stat().st_mtime
-        except FileNotFoundError:
+        manifest = path / "manifest.json"
+        if not manifest.is_file():
             return False
+        follows = read_manifest(path).get("corpus")
+        return follows == checksum(corpus) if follows else manifest.stat().st_mtime >= corpus.stat().st_mtime
 
     if not fresh():
         with sole_writer(path):
             if not fresh():  # still, now that no other process is at it
-                KnowledgeBase.build(read_docs(corpus), encoder).write(path)
+                known = checksum(corpus)
+                KnowledgeBase.build(read_docs(corpus), encoder).write(path, known)
     return KnowledgeBase.load(path)
 
 

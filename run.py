@@ -496,12 +496,15 @@ def list_of(value):
     return list(value) if isinstance(value, tuple) else value
 
 
+MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
+               "processor_config.json", "generation_config.json", "chat_template.json", "chat_template.jinja")
+
+
 def write_model(path, model, origin, prompts, dtype=None):
     """A model directory: our weights (or adapter), and tokenizer, picture settings and prompts of the directory that
     training started from."""
     path.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json",
-                 "generation_config.json", "chat_template.json", "chat_template.jinja"):
+    for name in MODEL_FILES[1:]:
         if (Path(origin) / name).exists():
             shutil.copy(Path(origin) / name, path / name)
     if prompts:

@@ -107,8 +107,11 @@ def answer_scores(prediction, golds):
     """The published metric: (precision, recall, f1) against the gold of best F1; F1-Recall is the mean of `recall`.
 
     `golds`: a string, or a list of strings and of infoseek's `{"range": [low, high]}`. Recall rewards dumping ("yes
-    no" is right on every yes/no question): read it beside `exact_match`.
+    no" is right on every yes/no question): read it beside `exact_match`. ValueError where either is something else.
     """
+    if not isinstance(prediction, str) or not isinstance(golds, (str, dict, list, tuple)):
+        raise ValueError(f"answer_scores: {str(prediction)[:40]!r} against {str(golds)[:40]!r}: expected a string, and a "
+                         "string or a list")
     predicted = Counter(metric_tokens(prediction))
     best = (0.0, 0.0, 0.0)
     for gold in _gold_tokens(golds, predicted):
@@ -139,7 +142,7 @@ def plans_of(row):
 
 def golds_of(row):
     """Accepted answers of a question row: strings and ranges; infoseek's `answer_eval` goes before `answer`."""
-    golds = row.get("answer_eval", row.get("answer"))
+    golds = row.get("answer") if row.get("answer_eval") is None else row["answer_eval"]
     golds = golds if isinstance(golds, list) else [golds]
     if not golds:
         raise ValueError("gold answer []: expected at least one")
@@ -147,7 +150,7 @@ def golds_of(row):
         ends = gold.get("range") if isinstance(gold, dict) else None
         is_range = isinstance(ends, list) and len(ends) == 2 and all(
             isinstance(end, (int, float)) and -1e300 < end < 1e300 for end in ends)
-        if not is_range and not isinstance(gold, (str, int, float)):
+        if not is_range and not isinstance(gold, (str, int)) and not (isinstance(gold, float) and math.isfinite(gold)):
             raise ValueError(f"gold answer {gold!r}: expected 'answer' or 'answer_eval' with a string, a list of "
                              "strings, or {'range': [low, high]}")
     return golds
@@ -197,7 +200,10 @@ def score_row(row):
         if routes:
             score |= {"hops": len(routes) - 1, "gold_retrievals": len(routes) - 1}
         if routes and row.get("method") in ROUTING:
-            chosen = [plan["retriever"][0].strip().lower() for plan in plans_of(row) if "fault" not in plan]
+            named = [plan["retriever"] for plan in plans_of(row) if "fault" not in plan]
+            if wrong := [names for names in named if not isinstance(names, list)]:
+                raise TypeError(f"retriever {str(wrong[0])[:40]!r} is no list")
+            chosen = [names[0].strip().lower() for names in named]
             right = sum(map(str.__eq__, chosen, map(str.lower, routes)))
             score["route_accuracy"] = right / max(len(chosen), len(routes))
         if cost := row.get("cost"):  # rows of others have none

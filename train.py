@@ -45,8 +45,8 @@ from infer import (MAX_ROW, Candidate, Router, Search, as_text, embedded_world, 
                    load_questions, step_output, world_bases)
 from model import VLM, add_lora, inside, load_adapter, lora_disabled, merge_lora, read_json, settle
 from retrieve import code_of, stop_on_sigterm
-from run import (Options, RankRouter, Run, expect_pictures, first_rank_first, gather, join_ranks, open_model, option,
-                 parse_options, rank, ranks, reading_checkpoint, tell, write_model)
+from run import (MODEL_FILES, Options, RankRouter, Run, expect_pictures, first_rank_first, gather, join_ranks,
+                 open_model, option, parse_options, rank, ranks, reading_checkpoint, tell, write_model)
 from score import answer_scores, golds_of, printable
 from steps import BASE_OF, BASES, IMAGE, RouteStep, conversation, parse_step
 
@@ -856,6 +856,9 @@ def sample(o, source, step):
 
 def grpo(o):
     """Step-GRPO on one screen: sample, reward, advantage, loss, update, log, save."""
+    if idle := "--data" if o.data and o.mode != "offline" else "--world" if o.world and o.mode == "offline" else "":
+        raise ValueError(f"{idle} does nothing beside --mode {o.mode}: step files are of --mode offline, a world of the "
+                         "others")
     join_ranks(o.device)
     model, processor, _ = open_model(o)
     if o.lora_rank:
@@ -918,10 +921,12 @@ def show(o):
     model, processor, _ = open_model(o)
     world = o.world or embedded_world("train", "train", 0, 3000)
     rows, bases, prompts = practice_rows(world), world_bases(world), prompts_in(o.model)
+    if o.question >= len(rows):
+        raise ValueError(f"--question {o.question}: {world} has questions 0 to {len(rows) - 1}")
     router = Router(model, processor, bases, prompts=prompts, k=o.k, max_steps=o.max_steps, temperature=o.temperature,
                     max_new_tokens=o.max_new_tokens)
     rng, generator = random.Random(o.seed), torch.Generator(o.device).manual_seed(o.seed)
-    x = Live(router.open(0, rows[o.question % len(rows)]), 0)
+    x = Live(router.open(0, rows[o.question]), 0, o.ready)
     print(f"{x.row['question']}   gold: {' | '.join(map(str, golds_of(x.row)))}")
     while x.request is not None:
         (ids, candidates), = router.sample([x.q.conversation(router.prompts)], generator, o.group)
@@ -972,6 +977,8 @@ def export(o):
     prompts = read_json(source / "prompts.json") if (source / "prompts.json").exists() else {}
     files = source if (source / "tokenizer.json").exists() else origin
     out = Path(os.path.realpath(o.out))
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in MODEL_FILES[:2]):
+        raise ValueError(f"--out {o.out}: holds other files and no model: name another place, nothing was overwritten")
     new = out.parent / f".{out.name}.new"
     shutil.rmtree(new, ignore_errors=True)                                         # of an export that was killed
     try:

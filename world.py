@@ -533,12 +533,24 @@ def choose_kinds(there, names, hops, compositions):
     return chosen
 
 
+def make_room(out):
+    """Where an older world stands, its questions go first, so that it is no whole world while another is written, then
+    its pictures. ValueError where something else stands, with nothing changed."""
+    if out.is_dir() and any(out.iterdir()) and not (out / "flags").is_dir():
+        raise ValueError(f"--out {out}: holds other files and no world: name another folder, nothing was overwritten")
+    (out / "questions.jsonl").unlink(missing_ok=True)
+    for folder in ("flags", "photos", "practice"):
+        for file in (out / folder).glob("*.*g"):                # .png, .jpg
+            file.unlink()
+
+
 def write_world(out, split, seed, questions, countries, kinds, rich=False, peel=False):
     """Write one world: corpora, pictures, questions.jsonl and steps.jsonl.
 
     Returns the world and its questions with their photos.
     """
     world = World(split, seed, countries, rich)
+    make_room(out)
     (out / "flags").mkdir(parents=True, exist_ok=True)
     for i, c in enumerate(world.countries):
         draw_flag(world.flags[c]).save(out / "flags" / f"{i}.png")
@@ -688,7 +700,7 @@ def main():
                    help="write the tiny model's directory without weights there (and no world unless --out is given)")
     p.add_argument("--shape", type=int, nargs=5, default=(128, 4, 4, 2, 320), metavar="N",
                    help="of --shell: hidden size, layers, heads, key/value heads, feed-forward")
-    p.add_argument("--out", type=Path, help="directory of the world (default data/world, unless --shell is given)")
+    p.add_argument("--out", metavar="DIR", help="directory of the world (default data/world, unless --shell is given)")
     p.error = lambda message: p.exit(2, f"world.py: {message}\n")
     a = p.parse_args()
     try:
@@ -696,17 +708,19 @@ def main():
         if min(a.shape) < 1 or hidden % (8 * heads) or heads % kv_heads:
             raise ValueError(f"--shape {' '.join(map(str, a.shape))}: give numbers of at least 1, a hidden size that "
                              "is a multiple of 8 for each head, and key/value heads that divide the heads")
-        if (a.practice or 1) < 1:
+        if a.practice is not None and a.practice < 1:
             raise ValueError(f"--practice {a.practice}: give at least 1")
         if a.shell:
             write_shell(a.shell, *a.shape)
-        if a.out or not a.shell:
-            out = a.out or Path("data/world")
+        if a.out is not None or not a.shell:
+            out = Path("data/world" if a.out is None else a.out)
+            if not a.out and a.out is not None:
+                raise ValueError("--out is empty: name a folder")
             kinds = choose_kinds(RICH_KINDS if a.rich else KINDS, a.kinds, a.hops, a.compositions)
-            if a.questions < 1 or (a.countries or 2) < 2:
-                raise ValueError(f"--questions {a.questions} and --countries {a.countries}: at least 1 question and "
+            countries = (1200 if a.split == "train" else 300) if a.countries is None else a.countries
+            if a.questions < 1 or countries < 2:
+                raise ValueError(f"--questions {a.questions} and --countries {countries}: at least 1 question and "
                                  "2 countries are needed")
-            countries = a.countries or (1200 if a.split == "train" else 300)
             world, rows = write_world(out, a.split, a.seed, a.questions, countries, kinds, a.rich, a.peel)
             if a.practice:
                 write_practice(out, world, rows, a.seed, a.practice, a.peel)

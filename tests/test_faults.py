@@ -906,7 +906,9 @@ for words, said in (
         (["grpo", "--group", "0"], "--group is 0"), (["grpo", "--temperature", "0"], "--temperature is 0.0"),
         (["grpo", "--mode", "sideways"], "invalid choice"), (["grpo", "--mode", "offline"], "--data: name"),
         (["grpo", "--max-new-tokens", "100000"], "leaves no room"), (["grpo", "--lora-rank", "5000"], "rank is 5000"),
-        (["grpo", "--answer-share", "1.5"], "give 0 to 1"), (["grpo", "--world", "{dir}"], "no such file")):
+        (["grpo", "--answer-share", "1.5"], "give 0 to 1"), (["grpo", "--world", "{dir}"], "no such file"),
+        (["grpo", "--data", "{dir}/s.jsonl"], "--data does nothing beside --mode online"),
+        (["grpo", "--mode", "offline", "--world", "{dir}"], "--world does nothing beside --mode offline")):
     def _(b, words=words, said=said):
         words = [word.format(dir=b.dir) for word in words]
         return ["train", *words, "--model", b.m, "--out", b.out], said
@@ -918,10 +920,16 @@ for words, said in (
         (["--max-new-tokens", "100000"], "leaves no room"), (["--device", "warp"], "device 'warp' cannot be used here"),
         (["--kb", "audio=x", "--question", "?"], "expected NAME=DIR"), (["--speed", "9"], "unrecognized arguments"),
         (["--demos", "{dir}/none.jsonl"], "cannot be read"), (["--threads", "100000"], "give at most 1024"),
-        (["--question", "a\udcff"], "half of a surrogate pair")):
+        (["--question", "a\udcff"], "half of a surrogate pair"), 
+        (["--question", "?", "--kb", "text={w}/kb/text", "text=x"], "each once"),
+        (["--question", "?", "--images", "x"], "--images does nothing beside --question"),
+        (["--score", "x", "-k", "3"], "-k does nothing beside --score"),
+        (["--jsonl", "{w}/questions.jsonl"], "questions.jsonl is given twice (--jsonl, --world)"),
+        (["--csv", "{w}/text.jsonl"], "given twice (--csv, --world)"),
+        (["--write-steps", "{w}/steps.jsonl"], "given twice (--write-steps, --world)")):
     def _(b, words=words, said=said):
         known = [] if "--kb" in words else ["--world", b.w]
-        return ["infer", "--model", b.m, *known, *(word.format(dir=b.dir) for word in words)], said
+        return ["infer", "--model", b.m, *known, *(word.format(dir=b.dir, w=b.w) for word in words)], said
     case(f"options: infer {' '.join(words)}")(_)
 
 for data, said in (("{s}=0", "the share is 0"), ("{s}=nan", "the share is nan"), ("{s}=x", "--data")):
@@ -929,6 +937,7 @@ for data, said in (("{s}=0", "the share is 0"), ("{s}=nan", "the share is nan"),
         lambda b, data=data, said=said: (b.sft(data=data.format(s=b.w / "steps.jsonl")), said))
 
 for words, said in ((["--questions", "0"], "at least 1 question"), (["--countries", "1"], "2 countries"),
+                    (["--countries", "0"], "--countries 0"), (["--practice", "0"], "--practice 0"),
                     (["--kinds", "riddle"], "riddle unknown")):
     case(f"options: world {' '.join(words)}")(
         lambda b, words=words, said=said: (["world", *words, "--out", b.out], said))
@@ -937,6 +946,63 @@ for words, said in ((["{dir}"], "no log.jsonl in it"), (["{dir}/none"], "cannot 
                     (["{dir}", "--cards", "0"], "--cards 0")):
     case(f"options: report {' '.join(words)}")(lambda b, words=words, said=said: (
         ["report", *(word.format(dir=b.dir) for word in words), "--out", b.dir / "page.html"], said))
+
+
+for name, row in (("outputs that are text", {"step": 1, "tokens": 5, "outputs": "3"}),
+                  ("groups that are a list", {"step": 1, "tokens": 5, "groups": [1]}),
+                  ("a step beyond all numbers", {"step": 10 ** 400, "tokens": 5}),
+                  ("tokens below zero", {"step": 1, "tokens": -5}),
+                  ("seconds that are none", {"step": 1, "tokens": 5, "seconds": None}),
+                  ("seconds that are no number", {"step": 1, "tokens": 5, "seconds": float("nan")})):
+    def _(b, row=row):
+        b.file("run/options.json", {"mode": "online", "group": 2})
+        b.file("run/log.jsonl", row)
+        return ["report", b.dir / "run", "--out", b.dir / "page.html"], "log.jsonl:1: expected a line of train.py's log"
+    case(f"log: {name}")(_)
+
+
+@case("log: options that are none")
+def _(b):
+    b.file("run/options.json", {"mode": "online", "group": None})
+    b.file("run/log.jsonl", {"step": 1, "tokens": 5, "groups": 2})
+    return ["report", b.dir / "run", "--out", b.dir / "page.html"], "options.json: group is None"
+
+
+@case("place: a page over its own results")
+def _(b):
+    file = b.file("r.jsonl", {"question": "?", "answer": "x", "llm_answer": "x"})
+    return ["report", f"mine={file}", "--out", file], "r.jsonl is what the page is made of"
+
+
+@case("place: a world where something else lies")
+def _(b):
+    b.file("out/text.jsonl", "mine")
+    return ["world", "--countries", 12, "--questions", 13, "--out", b.out], "holds other files and no world"
+
+
+@case("place: a world without a name")
+def _(b):
+    return ["world", "--countries", 12, "--questions", 13, "--out", ""], "--out is empty"
+
+
+@case("place: a model exported into a folder of something else")
+def _(b):
+    run = b.run()
+    b.file("base/manifest.json", {})
+    return ["train", "export", "--run", run, "--which", "last", "--out", b.dir / "base"], "holds other files and no model"
+
+
+@case("options: a question to show that is not there")
+def _(b):
+    return ["train", "show", "--model", b.m, "--world", b.w, "--question", 13], "has questions 0 to 12"
+
+
+@case("result file: a base that is no list")
+def _(b):
+    hops = [{"query": "q", "retriever": "text retriever", "answer": "x"}]
+    row = {"question": "?", "answer": "x", "method": "router", "hops": hops, "llm_answer": "x",
+           "plan_1": {"thought": "t", "query": "q", "retriever": "Text Retriever"}}
+    return ["infer", "--score", b.file("r.jsonl", row)], "retriever 'Text Retriever' is no list"
 
 
 # ------------------------------------------------------------------------------------- places that cannot be written to

@@ -26,7 +26,7 @@ import score
 import train
 from infer import Router, evaluate, main
 from model import VLM, Processor
-from retrieve import KnowledgeBase
+from retrieve import KnowledgeBase, read_docs
 from score import answer_scores, exact_match
 from steps import (_ANSWER_TAGS, _ROUTE_TAGS, AnswerStep, RouteStep, StepError, answer_problem, final_problem,
                    parse_step, render_answer, render_route, route_problem)
@@ -582,14 +582,19 @@ def test_a_model_that_routes_by_gold_scores_full_marks(world):
     assert result["f1_recall"] == result["em"] == result["f1"] == 1.0 and result["route_accuracy"] == 1.0
     assert result["retrievals"] == result["gold_retrievals"] > 1 and result["malformed"] == 0
     assert set(result["by_hops"]) == {"0", "1", "2"} and set(result["by_kind"].values()) == {1.0}
-    # the bases are built once, and again when the corpus is newer
+    # the bases are built once, and again when the corpus is another one, however old it says it is
     made = world / "kb" / "text" / "manifest.json"
     before = made.stat().st_mtime_ns
     infer.world_bases(world, ["text"])
     assert made.stat().st_mtime_ns == before
     (world / "text.jsonl").touch()
     infer.world_bases(world, ["text"])
-    assert made.stat().st_mtime_ns > before
+    assert made.stat().st_mtime_ns == before
+    corpus = (world / "text.jsonl").read_text()
+    for text in (corpus + '{"id": "new", "text": "Something else."}\n', corpus):
+        (world / "text.jsonl").write_text(text)
+        os.utime(world / "text.jsonl", (0, 0))
+        assert len(infer.world_bases(world, ["text"])["text"]) == text.count("\n")
 
 
 @pytest.mark.parametrize("hops", [3, 4])
@@ -784,6 +789,32 @@ def test_evaluation_of_a_world_continues_and_scores_the_same(tiny, world, tmp_pa
     code, _, err = cli(capsys, *flags, "-k", 1)
     assert code == 2 and len(err) == 1 and "name another --out" in err[0]
     assert out.read_bytes().splitlines(keepends=True) == again
+
+
+def test_rows_of_another_base_are_not_taken_from_out(tiny, world, tmp_path, capsys):
+    """The base lies at the same place and holds another corpus; and so for a world's own corpora."""
+    for own in (False, True):
+        home, out = shutil.copytree(world, tmp_path / f"w{own}"), tmp_path / f"r{own}.jsonl"
+        kb = [] if own else ["--kb", f"text={tmp_path / 'kb'}"]
+        flags = ["--model", tiny, "--world", home, *kb, "--method", "text", "--limit", 1, "--out", out]
+        for change in ("", "not "):
+            with open(home / "text.jsonl", "a") as file:
+                file.write(json.dumps({"id": f"new {change}", "text": f"It is {change}so."}) + "\n")
+            if not own:
+                KnowledgeBase.build(read_docs(home / "text.jsonl"), "lexical").save(tmp_path / "kb")
+            code, _, err = cli(capsys, *flags, "--max-new-tokens", 2)
+            assert code == (2 if change else 0) and ("name another --out" in err[-1] if change else True), err
+
+
+def test_a_gold_answer_that_is_no_number_is_left_out_whether_rows_are_kept_or_not(tiny, world, tmp_path, capsys):
+    """NaN, as pandas writes it, is not equal to itself. A null answer_eval says nothing: answer counts."""
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"question": "Who?", "answer": "x", "answer_eval": null}\n{"question": "N", "answer": NaN}\n')
+    flags = ["--model", tiny, "--world", world, "--method", "direct", "--eval", file, "--max-new-tokens", 2, "--json"]
+    for more in ([], ["--out", tmp_path / "r.jsonl"]):
+        code, lines, err = cli(capsys, *flags, *more)
+        assert code == 0 and "q.jsonl:2: gold answer nan" in err[-1]
+        assert (json.loads(lines[-1])["n"], json.loads(lines[-1])["left_out"]) == (1, 1)
 
 
 def test_a_row_that_the_run_fails_on_does_not_end_it(tiny, world, tmp_path, capsys):

@@ -340,6 +340,16 @@ def test_rows_of_another_shape_are_left_out(change, tmp_path, capsys):
     assert f"left out: {path}:2: " in capsys.readouterr().err and "<article" in (tmp_path / "r.html").read_text()
 
 
+def test_a_run_that_has_only_begun(tmp_path, monkeypatch, capsys):
+    """A run that was stopped before it logged anew has empty files: no samples, or, of runs/*, no run so far."""
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs" / "a", rows=[{"step": 1, "tokens": 3}])
+    (tmp_path / "runs" / "a" / "samples.jsonl").write_text("")
+    write_run(tmp_path / "runs" / "b")
+    assert report.main(["runs/a", "--out", "a.html"]) == 0 and report.main(["--out", "b.html"]) == 0
+    assert "1 runs" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_runs_of_the_default_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "runs" / "mine", 0, LOG[:1])

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 
@@ -274,3 +275,23 @@ def test_what_cannot_be_made_is_refused_in_one_line(tmp_path, words, message):
     done = run(*words, "--out", tmp_path / "w")
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "w").exists()
+
+
+def test_a_world_over_an_older_one_leaves_nothing_of_it(tmp_path):
+    """The larger world's flags, photos and practice pictures go; what the user keeps beside them stays."""
+    words = ["--questions", 13, "--out", tmp_path / "w"]
+    assert run("--countries", 40, "--practice", 8, *words).returncode == 0
+    (tmp_path / "w" / "results.jsonl").write_text("mine")
+    for place in ("w", "fresh"):
+        assert run("--countries", 12, "--seed", 3, *words[:-1], tmp_path / place).returncode == 0
+    pictures = lambda place: {f.relative_to(tmp_path / place): f.read_bytes() for f in (tmp_path / place).rglob("*.*g")}
+    assert pictures("w") == pictures("fresh") and (tmp_path / "w" / "results.jsonl").read_text() == "mine"
+
+
+def test_a_world_that_is_being_replaced_is_no_whole_world(made, tmp_path, monkeypatch):
+    """Killed on its way, it must not pass for whole by the older one's questions."""
+    shutil.copytree(made / "w", tmp_path / "w")
+    monkeypatch.setattr(world, "draw_flag", lambda flag: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        world.write_world(tmp_path / "w", "test", 5, 13, 12, [("text", world.KINDS["text"])])
+    assert not (tmp_path / "w" / "questions.jsonl").exists() and (tmp_path / "w" / "text.jsonl").exists()
