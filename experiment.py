@@ -78,6 +78,7 @@ COLLAPSE = {                        # options beside those of Step-GRPO
 }
 ABLATION = {
     STEP: (),
+    "not balanced": ("--no-balance",),
     "without similarity": ("--similarity-weight", 0, "--route-weight", 1),
     "without route": ("--similarity-weight", 1, "--route-weight", 0),
     "without strict format": ("--form", "published"),
@@ -90,9 +91,6 @@ ABLATION = {
     "price 0.05": ("--price", 0.05),
     "price 0.2": ("--price", 0.2),
     "gold history (offline)": ("--mode", "offline", "--data", "TRAIN/steps.jsonl"),
-    "sampled once an update": ("--tries", 1),
-    "exact match with gold hops": ("--match", 0.999),
-    "a random candidate is followed": ("--follow", "random"),
 }
 # Depth. With --rich a world has 15 moves in place of 12, and questions go all ways through them. What a recipe trains
 # on leaves out a third of the compositions of three hops, also inside of longer ones.
@@ -528,8 +526,8 @@ def speeds(lines):
                   for (_, name), (f, command) in found.items()])
 
 
-def collapse_numbers(out, names=("not balanced, no rest, sampled once", "not balanced", "balanced"),
-                     at=(10, 30, 50, 100, 150)):
+def collapse_numbers(out, names=("not balanced, no rest, sampled once", "not balanced",
+                                 "not balanced, hops that are ready", "balanced"), at=(10, 30, 50, 100, 150)):
     """What groups see of the base of pictures, early and late; means over seeds. The chance p that a prompt of its own
     asks for it is at most its share of what is asked over its share of the prompts."""
     rows = []
