@@ -77,7 +77,7 @@ def routed(prefix, row, options):
     `prefix` of its system prompts: "" or "fewshot ", those with demonstrations. An exchange before the question,
     `former`, stands in the prompts as a sub-question that is already answered.
     """
-    question, image, history = row["question"], row.get("image") is not None, list(row.get("former", ()))
+    question, image, history = row["question"], row.get("image") is not None, list(row.get("former") or ())
     for _ in range(options.max_steps):
         step = yield Ask("route", route_problem(question, history, image), prefix + "route", question)
         if step.route in (None, NONE):  # malformed, or nothing more is needed
@@ -130,12 +130,12 @@ def drafted(row, options):
 
 def in_full(row):
     """The question, behind the exchange before it if there was one: what is searched for where no step can rephrase."""
-    return " ".join([*(text for pair in row.get("former", ()) for text in pair), row["question"]])
+    return " ".join([*(text for pair in row.get("former") or () for text in pair), row["question"]])
 
 
 def without_search(prompt, row, options):
     """The model alone."""
-    problem = final_problem(row["question"], row.get("former", ()), row.get("image") is not None)
+    problem = final_problem(row["question"], row.get("former") or (), row.get("image") is not None)
     yield Ask("final", problem, prompt, row["question"])
 
 
@@ -174,6 +174,10 @@ class RouterOptions:
         for name in ("k", "static_k", "max_steps", "max_new_tokens", "samples", "batch_size", "call_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
+        if self.retries < 0:
+            raise ValueError(f"retries is {self.retries}: give at least 0")
+        if wrong := [name for name, prompt in (self.prompts or {}).items() if not isinstance(prompt, str)]:
+            raise ValueError(f"the system prompt {wrong[0]!r} is no text")
         if not -2 ** 63 <= self.seed < 2 ** 63:
             raise ValueError(f"seed is {self.seed}: give a number of at most 18 digits")
         if not 0 <= self.temperature < math.inf:
@@ -484,7 +488,7 @@ def steps_of(row, prompts):
 
     The problems are those that the model was given, byte for byte; the answers are its own.
     """
-    question, image, history, steps = row["question"], row.get("image") is not None, list(row.get("former", ())), []
+    question, image, history, steps = row["question"], row.get("image") is not None, list(row.get("former") or ()), []
 
     def add(kind, problem, said, answer):
         steps.append({"step_type": "ret" if kind == "route" else "ans", "problem": problem, "system": prompts[kind],

@@ -424,6 +424,25 @@ def test_equal_prompts_are_read_once_and_sampled_apart(bases):
     assert sorted(map(len, vlm.batches)) == [1, 1] and all(t.model_calls == 1 for t in trajectories)
 
 
+@pytest.mark.parametrize("rows, said", [(["Who?"], "question 1 is 'Who\\?': expected a row"),
+                                        ([QUESTION, {"question": 5}], "question 2 is empty")])
+def test_what_is_no_question_is_named(bases, rows, said):
+    with pytest.raises(ValueError, match=said):
+        scripted(bases, capital_then_mayor)[1].run(rows)
+
+
+@pytest.mark.parametrize("options, said", [({"prompts": {"route": None}}, "the system prompt 'route' is no text"),
+                                           ({"retries": -1}, "retries is -1")])
+def test_what_is_no_option_is_named(options, said):
+    with pytest.raises(ValueError, match=said):
+        infer.RouterOptions(**options)
+
+
+def test_a_question_that_follows_nothing_may_say_so(bases):
+    answers = [t.answer for t in scripted(bases, capital_then_mayor)[1].run([QUESTION, {**QUESTION, "former": None}])]
+    assert answers[0] == answers[1]
+
+
 def test_retries_ask_again_and_count(bases):
     tries = []
 
