@@ -469,11 +469,13 @@ def configurations(names):
     """{name: scores over seeds} -> a table, a line a configuration."""
     million = lambda tokens: "-" if None in tokens or not any(tokens) else f"{mean(tokens) / 1e6:.2f} M"
     return table(
-        ["", "F1-Recall, mean ± sd (each seed)", "exact", "routing", "retrievals", "malformed",
+        ["", "F1-Recall, mean ± sd (each seed)", "exact", "F1", "routing", "retrievals (gold)", "malformed",
          "worst kind of any seed", "tokens sampled"],
-        [[name, shown(s["f1_recall"]), shown(s["em"]).split()[0], shown(s.get("route_accuracy")).split()[0],
-          shown(s["retrievals"], ".2f").split()[0], shown(s["malformed"]).split()[0],
-          f"{s['worst_kind'][1]} {s['worst_kind'][0]:.2f}", million(s["tokens_sampled"])] for name, s in names.items()])
+        [[name, shown(s["f1_recall"]), *(shown(s[measure]).split()[0] for measure in ("em", "f1")),
+          shown(s.get("route_accuracy")).split()[0],
+          f"{shown(s['retrievals'], '.2f').split()[0]} ({s['gold_retrievals']['mean']:.2f})",
+          shown(s["malformed"]).split()[0], f"{s['worst_kind'][1]} {s['worst_kind'][0]:.3f}",
+          million(s["tokens_sampled"])] for name, s in names.items()])
 
 
 def by_kind(names):
@@ -538,9 +540,11 @@ def collapse_numbers(out, names=("not balanced, no rest, sampled once", "not bal
             known = lambda key: [b[f"{key}:text image"] for b in bins if b.get(f"{key}:text image") is not None]
             prompts, asked, mixed = (mean(known(key)) if known(key) else 0.0 for key in ("prompts", "asked", "mixed"))
             p = min(1.0, asked / prompts) if prompts else 0.0
-            rows.append([name, step, f"{prompts:.1%}", f"{asked:.1%}", f"{p:.2f}", f"{mixed:.0%}"])
+            others = " / ".join(f"{mean(b.get(f'asked:{other}') or 0 for b in bins):.0%}"
+                                for other in ("text", "table", "none"))
+            rows.append([name, step, f"{prompts:.1%}", f"{asked:.1%}", f"{p:.2f}", f"{mixed:.0%}", others])
     return table(["", "update", "share of the routing prompts", "share of all that is asked for", "so p is at most",
-                  "of its groups mixed"], rows)
+                  "of its groups mixed", "asked for instead: text / table / none"], rows)
 
 
 def sections(whole, out):
@@ -550,9 +554,9 @@ def sections(whole, out):
         order = [STEP, *(name for name in main_part if name != STEP)]
         main_part = {name: main_part[name] for name in order if name in main_part}
         parts["main"] = configurations(main_part)
-        parts["kinds"] = by_kind(main_part)
+        parts["kinds"] = by_kind({**main_part, **whole.get("cost", {})})
         parts["goals"] = table(["wanted", "", "got", "holds"], [
-            [g["goal"], g["wanted"], g["got"], "yes" if g["holds"] else "no"] for g in goals(whole)])
+            [g["goal"], g["wanted"], f"{g['got']:.3f}", "yes" if g["holds"] else "no"] for g in goals(whole)])
     for part in ("collapse", "ablation"):
         if whole.get(part):
             parts[part] = configurations(whole[part])
@@ -560,6 +564,7 @@ def sections(whole, out):
         parts["group"] = collapse_numbers(out)
     if whole.get("cost"):
         parts["cost"] = costs(whole["cost"])
+        parts["pipelines"] = configurations(whole["cost"])
     if bench := results_of("bench", out):
         parts["speed"] = speeds(bench)
     if whole.get("depth"):

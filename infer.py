@@ -39,7 +39,7 @@ import torch
 from PIL import Image
 
 from encode import checksum
-from model import VLM, Processor, inside, load_picture, usable_device
+from model import VLM, Processor, inside, load_picture, read_json, usable_device
 from retrieve import MAX_ROW, KnowledgeBase, OneLineParser, code_of, load_or_build, sole_writer, stop_on_sigterm
 from score import (ROUTING, answer_scores, check_names, exact_match, gold_routes, golds_of, overview, plans_of,
                    predicted, print_results, printable, score_row, score_table, write_table, write_whole)
@@ -510,8 +510,9 @@ def step_output(step):
     """The right output of a step of a published step file, as text."""
     thought, answer = step.get("thought", ""), step["answer"]
     if step["step_type"] == "ret":
-        base = BASE_OF.get(answer["retriever"][0].strip().lower())
-        return render_route(thought, answer["query"].strip() if base else NONE, ROUTES[base] if base else NONE)
+        query, base = answer["query"].strip(), BASE_OF.get(answer["retriever"][0].strip().lower())
+        asks = base and query.lower() != NONE.lower()           # none of either is meant of both
+        return render_route(thought, query if asks else NONE, ROUTES[base] if asks else NONE)
     return render_answer(thought, (answer[0] if isinstance(answer, list) else answer).strip())
 
 
@@ -702,7 +703,7 @@ def load_bases(named):
 
 
 def world_bases(folder, names=BASES):
-    """The bases of a world, built on first use, or when a corpus is newer than its base, and kept in its folder kb."""
+    """The bases of a world, kept in its folder kb: built on first use, and again when their corpus is another one."""
     bases = {}
     for name in names:
         corpus, home = Path(folder) / f"{name}.jsonl", Path(folder) / "kb" / name
@@ -1037,7 +1038,9 @@ def check_files(args):
         paths = getattr(args, flag) or ()
         files += [(flag, os.path.realpath(path)) for path in ([paths] if isinstance(paths, str) else paths)]
     world = Path(args.world or HERE / "data" / "demo")
-    files += [("world", os.path.realpath(world / f"{name}.jsonl")) for name in (*BASES, "questions", "steps")]
+    asked = [os.path.realpath(world / f"{name}.jsonl") for name in (*BASES, "questions", "steps")]
+    if own := [(flag, path) for flag, path in files if flag in written and path in asked]:
+        raise ValueError(f"--{own[0][0].replace('_', '-')} {own[0][1]} is a file of the world: name another one")
     for i, (flag, path) in enumerate(files):
         for first, other in files[:i]:
             if path == other and (first in written or first == flag):
@@ -1194,12 +1197,19 @@ def different_kinds(questions, n):
     return (turns + others)[:n]
 
 
+def mark_of(world, name):
+    """What tells a base of a world from all others: its corpus, or, where somebody else built it, the base."""
+    corpus, manifest = world / f"{name}.jsonl", world / "kb" / name / "manifest.json"
+    built = read_json(manifest) if manifest.is_file() else {"corpus": None}
+    return built.get("sha256") if "corpus" not in built else checksum(corpus) if corpus.is_file() else None
+
+
 def settings_mark(router, args):
     """A short mark of all that the answers depend on, so that rows of another run are not taken for this one's."""
     o = router.options
     weights = [[str(file), file.stat().st_mtime] for file in sorted(Path(args.model).glob("*.safetensors"))]
-    corpora = [Path(args.world or HERE / "data" / "demo") / f"{name}.jsonl" for name in BASES]
-    bases = [base.mark for base in router.bases.values()] if args.kb else [checksum(file) for file in corpora]
+    world = Path(args.world or HERE / "data" / "demo")
+    bases = [base.mark for base in router.bases.values()] if args.kb else [mark_of(world, name) for name in BASES]
     settings = [weights, bases, args.eval, args.world, args.kb, args.images, args.dtype, router.prompts,
                 o.k, o.static_k, o.max_steps, o.max_new_tokens, o.temperature, o.seed]
     return f"{zlib.crc32(json.dumps(settings).encode()):08x}"

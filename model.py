@@ -27,6 +27,7 @@ import functools
 import json
 import math
 import os
+import re
 import struct
 import warnings
 from contextlib import contextmanager
@@ -1056,9 +1057,9 @@ def add_lora(vlm, rank=16, alpha=32, targets=LORA_TARGETS, seed=0):
     for name in dict.fromkeys(name for names in found.values() for name in names):
         parent, last = name.rsplit(".", 1)
         setattr(vlm.get_submodule(parent), last, LoRALinear(vlm.get_submodule(name), rank, alpha, generator))
-    # as peft would find them: it knows the published names alone
-    named = {t: [t] if all(ends(published_name(name), t) for name in names) else [published_name(n) for n in names]
-             for t, names in found.items()}
+    # as peft finds them: by published names, of modules of any kind
+    named = {t: [t] if {name for name, _ in vlm.named_modules() if ends(published_name(name), t)} == set(names) else
+             [published_name(name) for name in names] for t, names in found.items()}
     vlm.lora = {"r": rank, "lora_alpha": alpha, "target_modules": [name for names in named.values() for name in names]}
     return [p for p in vlm.parameters() if p.requires_grad]
 
@@ -1127,6 +1128,7 @@ def load_adapter(vlm, path):
                 theirs[our_name(key.removeprefix("base_model.model.")).removesuffix(".weight")] = f.get_tensor(key)
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{file}: not a readable safetensors file ({e})") from None
+    trainable = [weight.requires_grad for weight in vlm.parameters()]
     if new := not hasattr(vlm, "lora"):
         add_lora(vlm, config["r"], config["lora_alpha"], tuple(targets))
     if vlm.lora["lora_alpha"] != config["lora_alpha"]:
@@ -1141,6 +1143,8 @@ def load_adapter(vlm, path):
     if bad:
         if new:
             merge_lora(vlm)                                             # B is zero: the weights stay what they are
+            for weight, trained in zip(vlm.parameters(), trainable):
+                weight.requires_grad_(trained)
         raise ValueError(f"{path}: {len(bad)} adapter weights do not fit: {'; '.join(bad)}")
     with torch.no_grad():
         for n, p in ours.items():
@@ -1220,15 +1224,15 @@ def load_picture(image):
 
 
 def picture_settings(path):
-    """Picture settings of a model directory: preprocessor_config.json, or the part of processor_config.json in which
-    newer releases of transformers save them."""
+    """Picture settings of a model directory: the part of processor_config.json in which newer releases of transformers
+    save them, else preprocessor_config.json."""
     old, new = Path(path) / "preprocessor_config.json", Path(path) / "processor_config.json"
-    if old.is_file() or not new.is_file():
-        return read_json(old)
-    settings = read_json(new).get("image_processor")
-    if not isinstance(settings, dict):
+    settings = read_json(new).get("image_processor") if new.is_file() else None
+    if settings is None and new.is_file() and not old.is_file():
         raise ValueError(f"{new}: no picture settings ('image_processor'), and there is no {old.name}")
-    return settings
+    if not isinstance(settings, (dict, type(None))):
+        raise ValueError(f"{new}: image_processor is {str(settings)[:40]!r}, expected an object")
+    return read_json(old) if settings is None else settings
 
 
 def check_pictures(settings):
@@ -1245,8 +1249,10 @@ def check_pictures(settings):
         if settings.get(name, only) not in (only, None):
             raise ValueError(f"preprocessor_config.json: {name} is {str(settings[name])[:40]!r}, this code supports "
                              f"{only} only")
-    if not math.isclose(scale := settings.get("rescale_factor") or 1 / 255, 1 / 255, rel_tol=1e-3):
-        raise ValueError(f"preprocessor_config.json: rescale_factor is {scale!r}, this code supports 1/255 only")
+    scale = settings.get("rescale_factor") or 1 / 255
+    if not isinstance(scale, float) or not math.isclose(scale, 1 / 255, rel_tol=1e-3):
+        raise ValueError(f"preprocessor_config.json: rescale_factor is {str(scale)[:40]!r}, this code supports 1/255 "
+                         "only")
     for name, least in (("image_mean", -math.inf), ("image_std", 0)):
         values = settings.get(name, [1, 1, 1])
         fits = isinstance(values, list) and [type(x) in (int, float) and least < x < math.inf for x in values]
@@ -1270,7 +1276,8 @@ class Processor:
         # whatever the file says of them, control tokens and ends are special,
         # and special tokens in a text are read as the letters they are written with
         ends = {"<|endoftext|>", *map(tokenizer.id_to_token, eos_ids)} & set(tokenizer.get_vocab())
-        tokenizer.add_special_tokens([*self.CONTROL, *sorted(ends.difference(self.CONTROL))])
+        ends = sorted(t for t in ends if t not in self.CONTROL and re.fullmatch(r"<\|.*\|>", t))
+        tokenizer.add_special_tokens([*self.CONTROL, *ends])
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()                         # a file may ask for both; a cut prompt loses the question
         tokenizer.no_padding()

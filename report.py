@@ -212,7 +212,7 @@ PANELS = (  # group, key of a log row, title, what it says, whether it is a shar
     ("Reward", "similarity", "Similarity", "of the sub-question to the nearest gold one", True),
     ("Reward", "route", "Right base", "routing steps that name the gold base", True),
     ("Reward", "answer", "Right answer", "reward of answering steps", True),
-    ("Routing by gold base", "route:", "Gold base: ", "share of routing steps that name it where it is gold", True),
+    ("Routing by gold base", "route:", "Gold base: ", "right bases, in groups whose gold base it is", True),
     ("Routing by gold base", "mixed:", "Mixed groups: ", "share of the groups where this base is gold", True),
     ("Bases asked for", "asked:", "Asked for: ", "share of all sampled routing steps", False),
     ("Update", "flat_groups", "Flat groups", "groups whose outputs all earned the same: they teach nothing", True),
@@ -769,14 +769,14 @@ def parse_flags(argv):
     args = p.parse_args(argv)
     if args.cards < 1:
         raise ValueError(f"--cards {args.cards}: give at least 1")
-    read = [path for word in args.inputs for path in (labelled(word)[0], *labelled(word)[0].glob("*.json*"))]
-    if os.path.realpath(args.out) in map(os.path.realpath, read):
-        raise ValueError(f"--out {args.out} is what the page is made of: name another file")
     args.inputs = args.inputs or [str(log.parent) for log in sorted(Path("runs").glob("*/log.jsonl"))
                                   if log.stat().st_size]                    # empty: nothing logged so far
     if not args.inputs:
         raise ValueError("nothing to report: no runs/*/log.jsonl here; name run folders that train.py has written, or "
                          "result files of infer.py --out")
+    read = [path for word in args.inputs for path in (labelled(word)[0], *labelled(word)[0].glob("*.json*"))]
+    if os.path.realpath(args.out) in map(os.path.realpath, read):
+        raise ValueError(f"--out {args.out} is what the page is made of: name another file")
     return args
 
 

@@ -453,6 +453,9 @@ class Flat:
     @classmethod
     def load(cls, path, dim, options):
         vectors = np.load(path, mmap_mode="r")
+        if vectors.shape[1:] != (dim,):
+            raise ValueError(f"{path}: vectors of shape {vectors.shape[1:]}, expected dimension {dim}: build the base "
+                             "again")
         return cls(vectors, len(vectors))
 
     def block(self, start, stop):
@@ -530,10 +533,9 @@ class Shard:
     def load(cls, folder, number, dim, options):
         stem, kind = f"{number:05d}", INDEXES[options.index]
         index, docs = kind.load(folder / (stem + kind.suffix), dim, options), DocFile(folder, stem)
-        if index.count != len(docs) or index.block(0, 1).shape != (1, dim):
-            raise ValueError(f"{folder / (stem + kind.suffix)}: {index.count} vectors of dimension "
-                             f"{index.block(0, 1).shape[-1]} for {len(docs)} documents at dimension {dim}: build the "
-                             "base again")
+        if index.count != len(docs):
+            raise ValueError(f"{folder / (stem + kind.suffix)}: {index.count} vectors for {len(docs)} documents: build "
+                             "the base again")
         return cls(index, docs)
 
 
@@ -792,8 +794,14 @@ def load_or_build(path, corpus, encoder):
         manifest = path / "manifest.json"
         if not manifest.is_file():
             return False
-        follows = read_manifest(path).get("corpus")
-        return follows == checksum(corpus) if follows else manifest.stat().st_mtime >= corpus.stat().st_mtime
+        newer = manifest.stat().st_mtime >= corpus.stat().st_mtime
+        try:
+            follows = read_manifest(path).get("corpus")
+        except ValueError:
+            if newer:
+                raise
+            return False
+        return follows == checksum(corpus) if follows else newer
 
     if not fresh():
         with sole_writer(path):

@@ -310,10 +310,11 @@ class Run:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             return {}
         asked, was = asdict(self.o), read_json(self.path / "options.json")
+        default = {f.name: list_of(f.default) for f in fields(self.o)}     # of options that are younger than the run
         free = ("out", "steps", "minutes", "save_every", "log_every", "threads")
-        if different := [k for k in asked if k not in free and list_of(asked[k]) != was.get(k)]:
+        if different := [k for k in asked if k not in free and list_of(asked[k]) != was.get(k, default[k])]:
             raise ValueError(f"{self.path} holds a run with another --{different[0].replace('_', '-')} "
-                             f"({was.get(different[0])}); name another --out, or remove it")
+                             f"({was.get(different[0], default[different[0]])}); name another --out, or remove it")
         with reading_checkpoint(last):
             self.state |= read_json(last / "trainer.json")
             for name, kind in (("step", int), ("tokens", int), ("seconds", (int, float)), ("best", (dict, type(None)))):

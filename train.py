@@ -427,8 +427,8 @@ def balanced(o, items, label, key, interest, rng):
     """Draw o.prompts of the items: evenly over their gold routes, or as they come.
 
     Why evenly: inside a group the right route always wins, but the update is a sum over groups. Where one route is rare
-    among the prompts (pictures are 4 %), the push towards the other routes everywhere is stronger than the push towards
-    it on its own prompts; it is sampled less and less, and a route that is never sampled has no advantage to learn
+    among the prompts, the push towards the other routes everywhere is stronger than the push towards it on its own
+    prompts; it is sampled less and less, and a route that is never sampled has no advantage to learn
     from. With even shares nothing is gained by liking a route.
     """
     if not o.balance:
@@ -500,8 +500,8 @@ def clean_rows(rows, drop):
     found = [faults(row) for row in rows]
     kept = [row for row, f in zip(rows, found) if not any(f[name] for name in {*drop, "no_picture"})]
     if not kept:
-        raise ValueError("no row is left to train on: every picture is missing (paths are relative to the step file), "
-                         "or --drop leaves all out")
+        raise ValueError("no row is left to train on: every picture is missing (paths are relative to the step file)"
+                         + ", or --drop leaves all out" * bool(drop))
     return kept, {name: sum(f[name] for f in found) for name in ("no_picture", "repeats", "no_information")}
 
 
@@ -994,6 +994,7 @@ def put_model(new, out):
     """Rename a finished model directory to `out`. Where that holds something already, its files go there one by one,
     config.json last: without it a directory is refused, so that old and new files are never read together."""
     settle(*new.iterdir(), new)
+    names = {file.name for file in new.iterdir()}
     if not out.is_dir() or not any(out.iterdir()):
         os.replace(new, out)
     else:
@@ -1001,6 +1002,8 @@ def put_model(new, out):
             old.unlink(missing_ok=True)
         for file in sorted(new.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, out / file.name)
+        for old in (out / name for name in MODEL_FILES if name not in names):
+            old.unlink(missing_ok=True)
         settle(out)
     settle(out.parent)
 

@@ -533,15 +533,21 @@ def choose_kinds(there, names, hops, compositions):
     return chosen
 
 
+PICTURES = {"flags": r"\d+\.png", "photos": r"\d+-\d\.jpg", "practice": r"\d+\.jpg"}      # of a world, by folder
+
+
 def make_room(out):
     """Where an older world stands, its questions go first, so that it is no whole world while another is written, then
-    its pictures. ValueError where something else stands, with nothing changed."""
-    if out.is_dir() and any(out.iterdir()) and not (out / "flags").is_dir():
-        raise ValueError(f"--out {out}: holds other files and no world: name another folder, nothing was overwritten")
-    (out / "questions.jsonl").unlink(missing_ok=True)
-    for folder in ("flags", "photos", "practice"):
-        for file in (out / folder).glob("*.*g"):                # .png, .jpg
-            file.unlink()
+    its practice files and pictures. ValueError where something else stands, with nothing changed."""
+    pictures = [file for folder in PICTURES for file in (out / folder).glob("*")]
+    foreign = [file for file in pictures if not re.fullmatch(PICTURES[file.parent.name], file.name)]
+    if foreign or out.is_dir() and any(out.iterdir()) and not (out / "flags").is_dir():
+        raise ValueError(f"--out {out}: holds other files ({(foreign or [*out.iterdir()])[0].name}) and no world: name "
+                         "another folder, nothing was overwritten")
+    for name in ("questions", "fresh", "weak", "baselines", "describe", "copy", "compare"):
+        (out / f"{name}.jsonl").unlink(missing_ok=True)
+    for file in pictures:
+        file.unlink()
 
 
 def write_world(out, split, seed, questions, countries, kinds, rich=False, peel=False):

@@ -771,7 +771,7 @@ def other_graph(b, dim, rows):
     return words
 
 
-case("index: a forged graph of fewer rows")(lambda b: (other_graph(b, 512, 3), "00000.hnsw: 3 vectors of dimension"))
+case("index: a forged graph of fewer rows")(lambda b: (other_graph(b, 512, 3), "00000.hnsw: 3 vectors for"))
 
 
 @case("index: forged vectors of another shape")
@@ -782,7 +782,7 @@ def _(b):
     np.save(file, np.zeros((1, 7), np.float16))
     words = ["retrieve", "search", b.dir / "kb", "word"]
     forged(b, lambda m: m["shards"][0]["files"].update({file.name: retrieve.checksum(file)}), words)
-    return words, "00000.npy: 1 vectors of dimension 7 for 1 documents"
+    return words, "00000.npy: vectors of shape (7,), expected dimension"
 
 
 # ------------------------------------------------------------------------------------------- adapters and checkpoints
@@ -924,9 +924,9 @@ for words, said in (
         (["--question", "?", "--kb", "text={w}/kb/text", "text=x"], "each once"),
         (["--question", "?", "--images", "x"], "--images does nothing beside --question"),
         (["--score", "x", "-k", "3"], "-k does nothing beside --score"),
-        (["--jsonl", "{w}/questions.jsonl"], "questions.jsonl is given twice (--jsonl, --world)"),
-        (["--csv", "{w}/text.jsonl"], "given twice (--csv, --world)"),
-        (["--write-steps", "{w}/steps.jsonl"], "given twice (--write-steps, --world)")):
+        (["--jsonl", "{w}/questions.jsonl"], "questions.jsonl is a file of the world"),
+        (["--csv", "{w}/text.jsonl"], "text.jsonl is a file of the world"),
+        (["--write-steps", "{w}/steps.jsonl"], "steps.jsonl is a file of the world")):
     def _(b, words=words, said=said):
         known = [] if "--kb" in words else ["--world", b.w]
         return ["infer", "--model", b.m, *known, *(word.format(dir=b.dir, w=b.w) for word in words)], said
@@ -974,10 +974,22 @@ def _(b):
     return ["report", f"mine={file}", "--out", file], "r.jsonl is what the page is made of"
 
 
+@case("place: a page over the log of the run that it is made of by default")
+def _(b):
+    b.file("runs/a/log.jsonl", {"step": 1, "tokens": 5})
+    return ["report", "--out", "runs/a/log.jsonl"], "log.jsonl is what the page is made of"
+
+
+for value in ("1/255", [1], 10 ** 400, 2.0):
+    case(f"picture settings: rescale_factor {str(value)[:9]}")(lambda b, value=value: (b.ask(m=b.model(
+        "preprocessor_config.json", json.loads((b.m / "preprocessor_config.json").read_text())
+        | {"rescale_factor": value})), "rescale_factor is"))
+
+
 @case("place: a world where something else lies")
 def _(b):
     b.file("out/text.jsonl", "mine")
-    return ["world", "--countries", 12, "--questions", 13, "--out", b.out], "holds other files and no world"
+    return ["world", "--countries", 12, "--questions", 13, "--out", b.out], "holds other files (text.jsonl) and no world"
 
 
 @case("place: a world without a name")
@@ -1140,6 +1152,7 @@ def test_an_export_that_is_killed_never_mixes_two_models(home, tmp_path, capsys,
     while True:
         mine = Path(shutil.copytree(home / "m", tmp_path / f"mine{stop}"))
         (mine / "README.md").write_text("mine")
+        (mine / "processor_config.json").write_text("{}")             # of the old model alone
         calls.clear()
         try:
             call(export(b, mine), capsys)
@@ -1157,7 +1170,7 @@ def test_an_export_that_is_killed_never_mixes_two_models(home, tmp_path, capsys,
             assert "config.json: no such file" in str(error)
         assert call(export(b, mine), capsys)[0] == 0
         assert torch.equal(model.VLM.from_pretrained(mine).state_dict()["model.norm.weight"], new)
-        assert (mine / "README.md").read_text() == "mine"
+        assert (mine / "README.md").read_text() == "mine" and not (mine / "processor_config.json").exists()
         stop = n + 1
     assert seen == {"old", "refused"} and n > 6 and not [p for p in os.listdir(tmp_path) if p.startswith(".")]
 

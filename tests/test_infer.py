@@ -825,6 +825,21 @@ def test_rows_of_another_base_are_not_taken_from_out(tiny, world, tmp_path, caps
             assert code == (2 if change else 0) and ("name another --out" in err[-1] if change else True), err
 
 
+def test_a_world_need_not_hold_what_is_not_asked_for(tiny, world, tmp_path, capsys):
+    """Questions alone are enough for a method without bases; a base that somebody built there counts by itself."""
+    shutil.copy(world / "questions.jsonl", tmp_path)
+    flags = ["--model", tiny, "--world", tmp_path, "--limit", 1, "--max-new-tokens", 2]
+    direct, text = [*flags, "--method", "direct"], [*flags, "--method", "text"]
+    rows = [json.loads(line) for line in open(tmp_path / "questions.jsonl")]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps({**row, "image": None}) + "\n" for row in rows))
+    assert cli(capsys, *direct, "--out", tmp_path / "d")[0] == cli(capsys, *direct, "--out", tmp_path / "d")[0] == 0
+    shutil.copy(world / "text.jsonl", tmp_path)
+    assert cli(capsys, *text, "--out", tmp_path / "t")[0] == cli(capsys, *text, "--out", tmp_path / "t")[0] == 0
+    KnowledgeBase.build([{"id": "1", "text": "Something else."}], "lexical").save(tmp_path / "kb" / "text")
+    code, _, err = cli(capsys, *text, "--out", tmp_path / "t")
+    assert code == 2 and "name another --out" in err[-1]
+
+
 def test_a_gold_answer_that_is_no_number_is_left_out_whether_rows_are_kept_or_not(tiny, world, tmp_path, capsys):
     """NaN, as pandas writes it, is not equal to itself. A null answer_eval says nothing: answer counts."""
     file = tmp_path / "q.jsonl"

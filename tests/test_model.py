@@ -697,17 +697,22 @@ def test_lora_disabled_is_the_base(tiny):
 
 PATHS = ("layers.1.self_attn.q_proj", "model.layers.1.self_attn.q_proj",
          "model.language_model.layers.1.self_attn.q_proj", "language_model.layers.1.self_attn.q_proj",
-         "visual.blocks.0.attn.qkv", "model.visual.blocks.0.attn.qkv")
+         "visual.blocks.0.attn.qkv", "model.visual.blocks.0.attn.qkv", "proj", "0", "2")
 
 
 @pytest.mark.parametrize("target", PATHS)
 def test_targets_by_path_are_those_of_peft(tiny, tmp_path, target):
-    """Our paths and the published ones name one layer; what we save and what peft saves goes to the other."""
+    """Our paths and the published ones name one layer, and a short name may be that of other modules, too (a convolution,
+    a whole layer); what we save and what peft saves goes to the other."""
     vlm = with_adapter(tiny, targets=(target,))
-    assert sum(isinstance(m, model.LoRALinear) for m in vlm.modules()) == 1
+    found = sum(isinstance(m, model.LoRALinear) for m in vlm.modules())
+    assert found == (4 if target == "proj" else 1)
     model.save_adapter(vlm, tmp_path / "ours")
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny.path)
-    adapted = PeftModel.from_pretrained(hf, tmp_path / "ours").eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)           # peft warns about keys that it did not find
+        adapted = PeftModel.from_pretrained(hf, tmp_path / "ours").eval()
+    assert sum(name.endswith("lora_A.default.weight") for name, _ in adapted.named_parameters()) == found
     assert_same_logits(vlm, adapted)
     adapted.save_pretrained(tmp_path / "theirs")
     for folder in ("ours", "theirs"):
@@ -719,12 +724,16 @@ def test_targets_by_path_are_those_of_peft(tiny, tmp_path, target):
 def test_a_refused_adapter_leaves_the_model_as_it_was(tiny, tmp_path):
     """Its rank is 4 in the file and 3 in the config. The right one is read afterwards."""
     right, wrong, vlm = with_adapter(tiny), tmp_path / "wrong", fresh(tiny)
+    frozen = fresh(tiny).requires_grad_(False)
     model.save_adapter(right, wrong)
     config = json.loads((wrong / "adapter_config.json").read_text())
     (wrong / "adapter_config.json").write_text(json.dumps({**config, "r": 3}))
     with pytest.raises(ValueError, match="weights do not fit"):
         model.load_adapter(vlm, wrong)
     assert not hasattr(vlm, "lora") and all(weight.requires_grad for weight in vlm.parameters())
+    with pytest.raises(ValueError, match="weights do not fit"):
+        model.load_adapter(frozen, wrong)
+    assert not any(weight.requires_grad for weight in frozen.parameters())
     assert vlm.state_dict().keys() == tiny.vlm.state_dict().keys()
     assert torch.equal(our_logits(vlm, PICTURES), our_logits(tiny.vlm, PICTURES))
     (wrong / "adapter_config.json").write_text(json.dumps(config))
@@ -1043,6 +1052,11 @@ def test_picture_settings_as_transformers_saves_them_now(tiny, processor, tmp_pa
     expected = torch.as_tensor(theirs(images=[picture], return_tensors="pt")["pixel_values"])
     assert torch.equal(ours.pixels(picture)[0], processor.pixels(picture)[0])
     assert (ours.pixels(picture)[0] - expected).abs().max() < 1e-4
+    # beside an older file they go first, as for transformers
+    (path / "preprocessor_config.json").write_text(json.dumps({**settings, "image_mean": [0.1, 0.2, 0.3]}))
+    theirs, ours = Qwen2VLImageProcessorPil.from_pretrained(path), model.Processor.from_pretrained(path)
+    assert list(theirs.image_mean) == pytest.approx(ours.mean.tolist()) == settings["image_mean"]
+    (path / "preprocessor_config.json").unlink()
     (path / "processor_config.json").write_text('{"processor_class": "x"}')
     with pytest.raises(ValueError, match="processor_config.json: no picture settings"):
         model.Processor.from_pretrained(path)
@@ -1074,11 +1088,13 @@ def test_the_turn_ends_with_its_own_token_however_ends_are_listed(tiny, tmp_path
     for token in plain["added_tokens"]:
         token["special"] = False
     file.write_text(json.dumps(plain))
-    for listed in ([ENDOFTEXT, IM_END], ENDOFTEXT):
+    tag = full_tokenizer().token_to_id("</think>")            # an end, but a word of the answer as well
+    for listed in ([ENDOFTEXT, IM_END], ENDOFTEXT, [ENDOFTEXT, tag]):
         (path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
         processor = model.Processor.from_pretrained(path)
-        assert processor.end == IM_END and processor.eos_ids == (IM_END, ENDOFTEXT)
+        assert processor.end == IM_END and processor.eos_ids[:2] == (IM_END, ENDOFTEXT)
         assert ENDOFTEXT not in processor.encode("a<|endoftext|>b") and processor.decode([ENDOFTEXT]) == ""
+        assert processor.encode("</think>") == [tag] and processor.decode([tag]) == "</think>"
 
 
 @pytest.mark.parametrize("wrong", [[], [[]], ["hello"], [[{"content": "x"}]], [[{"role": "user", "content": None}]],

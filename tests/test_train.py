@@ -127,6 +127,12 @@ def test_the_mask_covers_the_target_and_its_end_and_nothing_else(home, processor
     assert 0 < dropped < len(examples)
 
 
+def test_the_target_of_a_step_that_is_none_in_one_is_none_in_both():
+    gold = {"query": "none", "retriever": ["text retriever"]}
+    step = infer.parse_step(train.StepExample("ret", "s", "p", gold, "enough", ()).target())
+    assert step.route == "None" and step.query == "None" and train.gold_base(gold) == "none"
+
+
 def test_rows_whose_picture_is_missing_are_counted_and_left_out_of_sft_too(home, tmp_path, capsys):
     """As of the published file, whose pictures nobody has."""
     rows = [json.loads(line) for line in open(home / "w" / "steps.jsonl")][:12]
@@ -710,3 +716,9 @@ def test_a_run_with_other_options_is_not_overwritten(home, tmp_path):
     assert run("train.py", *words, "--steps", 1, "--out", tmp_path / "r").returncode == 0
     done = run("train.py", *words, "--steps", 1, "--seed", 9, "--out", tmp_path / "r")
     assert done.returncode == 2 and "--seed" in done.stderr and done.stderr.count("\n") == 1
+    # an option that is younger than the run was as by default
+    options = json.loads((tmp_path / "r" / "options.json").read_text())
+    del options["warmup"]
+    (tmp_path / "r" / "options.json").write_text(json.dumps(options))
+    for more, code in (([], 0), (["--warmup", 7], 2)):
+        assert run("train.py", *words, "--steps", 1, *more, "--out", tmp_path / "r").returncode == code

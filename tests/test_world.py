@@ -278,14 +278,19 @@ def test_what_cannot_be_made_is_refused_in_one_line(tmp_path, words, message):
 
 
 def test_a_world_over_an_older_one_leaves_nothing_of_it(tmp_path):
-    """The larger world's flags, photos and practice pictures go; what the user keeps beside them stays."""
+    """The larger world's practice files and all its pictures go; what the user keeps beside them stays."""
     words = ["--questions", 13, "--out", tmp_path / "w"]
     assert run("--countries", 40, "--practice", 8, *words).returncode == 0
     (tmp_path / "w" / "results.jsonl").write_text("mine")
     for place in ("w", "fresh"):
         assert run("--countries", 12, "--seed", 3, *words[:-1], tmp_path / place).returncode == 0
-    pictures = lambda place: {f.relative_to(tmp_path / place): f.read_bytes() for f in (tmp_path / place).rglob("*.*g")}
-    assert pictures("w") == pictures("fresh") and (tmp_path / "w" / "results.jsonl").read_text() == "mine"
+    (tmp_path / "fresh" / "results.jsonl").write_text("mine")
+    all_of = lambda place: {f.relative_to(tmp_path / place): f.read_bytes() for f in (tmp_path / place).rglob("*.*")}
+    assert all_of("w") == all_of("fresh")
+    (tmp_path / "w" / "flags" / "france.png").write_text("mine")
+    before = all_of("w")
+    refused = run("--countries", 12, "--seed", 4, *words)
+    assert refused.returncode == 2 and "france.png" in refused.stderr and all_of("w") == before
 
 
 def test_a_world_that_is_being_replaced_is_no_whole_world(made, tmp_path, monkeypatch):
