@@ -266,7 +266,8 @@ def machine():
     said = lambda *words: subprocess.run(words, cwd=HERE, capture_output=True, text=True).stdout.strip()
     model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
                  platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
-    changed = "+" if said("git", "status", "--porcelain", "--untracked-files=no") else ""
+    code = (".", ":(exclude)results", ":(exclude)README.md")              # those two are what a finished job changes
+    changed = "+" if said("git", "status", "--porcelain", "--untracked-files=no", "--", *code) else ""
     return {"machine": f"{model}, {os.cpu_count()} cores", "python": platform.python_version(),
             "commit": said("git", "rev-parse", "--short", "HEAD") + changed}
 
