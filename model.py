@@ -1218,8 +1218,8 @@ def load_picture(image):
         raise ValueError(f"{image}: no such picture") from None
     except UnidentifiedImageError:
         raise ValueError(f"{image}: not a readable picture; these formats are read: {', '.join(PICTURES)}") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, OSError, SyntaxError, ValueError,
-            struct.error) as e:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, OSError, SyntaxError, ValueError, TypeError,
+            struct.error) as e:                           # the last two: Pillow writes the note, which may be damaged
         raise ValueError(f"{image}: not a readable picture ({e})") from None
 
 

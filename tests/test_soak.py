@@ -139,6 +139,14 @@ def test_generated_pictures_are_read_as_well_as_refused(tmp_path):
     assert 20 < read < 180, read
 
 
+@pytest.mark.parametrize("seed", ["0 pictures 15007", "0 pictures 20079"])
+def test_pictures_that_generated_inputs_found(seed, tmp_path):
+    """A note whose fraction is a text: Pillow reads it and fails to write it (TypeError)."""
+    soak.try_picture(random.Random(seed), tmp_path / "f")
+    with pytest.raises(ValueError, match="not a readable picture"):
+        soak.load_picture(tmp_path / "f")
+
+
 def test_the_slope_of_memory_by_hand():
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.5, 2000)
