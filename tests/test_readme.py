@@ -144,7 +144,7 @@ def test_the_figures_of_the_soak_are_those_of_its_result():
     assert soak["held"] and not fuzz["failed"] and not any(k["wrong"] for k in killed)
     grown = lambda part: f"{memory[part]['kb_each']:.2f} ± {memory[part]['error']:.2f} kB".replace("-", "−")
     for said in (f"{sum(k['killed'] for k in killed)} of the {sum(k['moments'] for k in killed)} kills",
-                 f"{sum(fuzz[kind]['inputs'] for kind in ('parser and metric', 'readers')):,} inputs",
+                 f"{sum(fuzz[kind]['inputs'] for kind in ('parser and metric', 'readers', 'pictures')):,} inputs",
                  f"{grown('training')} an update\n({memory['training']['megabytes']:.0f} MB after 2,000)",
                  f"{grown('routing')} a question ({memory['routing']['megabytes']:.0f} MB after "
                  f"{memory['routing']['work']:,})"):
