@@ -189,8 +189,8 @@ def grpo_loss(logp, old_logp, advantages, mask, *, ref_logp=None, clip=0.2, clip
     count = normalizer or (int(mask.sum()) if level == "token" else int((lengths > 0).sum())) or 1
     weight = (weight * torch.ones_like(logp))[mask] / count                         # (M,), sum 1 over the whole batch
     A = advantages[:, None].expand_as(logp)[mask]                                   # (M,)
-    d = logp[mask] - old_logp[mask]
-    ratio = (d - (d - 80).clamp(min=0).detach()).exp()                              # Eq. 4; at most 5e34, not infinite
+    log_ratio = logp[mask] - old_logp[mask]
+    ratio = log_ratio.exp()                                                         # Eq. 4
     clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
     loss = (weight * -torch.min(ratio * A, clipped * A)).sum()                      # Eq. 5
     r = ratio.detach() if len(ratio) else torch.ones(1)

@@ -1030,6 +1030,11 @@ def check_flags(args, given):
         raise ValueError(f"--threads is {args.threads}: give at most 1024")
 
 
+def world_of(args):
+    """The folder of the world that the flags name, or of the embedded one."""
+    return Path(args.world or HERE / "data" / "demo")
+
+
 def check_files(args):
     """ValueError where a file that is written is also another one of the command, or a file is evaluated twice."""
     written = ("out", "csv", "jsonl", "write_steps")
@@ -1037,8 +1042,7 @@ def check_files(args):
     for flag in (*written, "eval", "score", "prompts", "demos", "image"):
         paths = getattr(args, flag) or ()
         files += [(flag, os.path.realpath(path)) for path in ([paths] if isinstance(paths, str) else paths)]
-    world = Path(args.world or HERE / "data" / "demo")
-    asked = [os.path.realpath(world / f"{name}.jsonl") for name in (*BASES, "questions", "steps")]
+    asked = [os.path.realpath(world_of(args) / f"{name}.jsonl") for name in (*BASES, "questions", "steps")]
     if own := [(flag, path) for flag, path in files if flag in written and path in asked]:
         raise ValueError(f"--{own[0][0].replace('_', '-')} {own[0][1]} is a file of the world: name another one")
     for i, (flag, path) in enumerate(files):
@@ -1197,9 +1201,9 @@ def different_kinds(questions, n):
     return (turns + others)[:n]
 
 
-def mark_of(world, name):
-    """What tells a base of a world from all others: its corpus, or, where somebody else built it, the base."""
-    corpus, manifest = world / f"{name}.jsonl", world / "kb" / name / "manifest.json"
+def mark_of(args, name):
+    """What tells a base of the world from all others: its corpus, or, where somebody else built it, the base."""
+    corpus, manifest = world_of(args) / f"{name}.jsonl", world_of(args) / "kb" / name / "manifest.json"
     built = read_json(manifest) if manifest.is_file() else {"corpus": None}
     return built.get("sha256") if "corpus" not in built else checksum(corpus) if corpus.is_file() else None
 
@@ -1208,8 +1212,7 @@ def settings_mark(router, args):
     """A short mark of all that the answers depend on, so that rows of another run are not taken for this one's."""
     o = router.options
     weights = [[str(file), file.stat().st_mtime] for file in sorted(Path(args.model).glob("*.safetensors"))]
-    world = Path(args.world or HERE / "data" / "demo")
-    bases = [base.mark for base in router.bases.values()] if args.kb else [mark_of(world, name) for name in BASES]
+    bases = [base.mark for base in router.bases.values()] if args.kb else [mark_of(args, name) for name in BASES]
     settings = [weights, bases, args.eval, args.world, args.kb, args.images, args.dtype, router.prompts,
                 o.k, o.static_k, o.max_steps, o.max_new_tokens, o.temperature, o.seed]
     return f"{zlib.crc32(json.dumps(settings).encode()):08x}"
