@@ -26,10 +26,10 @@ train: .venv/ready data/test/questions.jsonl
 	$(RUN) infer.py --model runs/step-grpo/best --world data/test --threads 1
 
 experiment: .venv/ready-dev
-	$(RUN) experiment.py $(if $(QUICK),--quick --out runs/results-quick)
+	$(RUN) -m lab.experiment $(if $(QUICK),--quick --out runs/results-quick)
 
 soak: .venv/ready
-	$(RUN) soak.py
+	$(RUN) tests/soak/soak.py
 
 assignment:
 	$(PYTHON) assignments/kit.py copy "$(OUT)" $(EXERCISES)
@@ -46,11 +46,11 @@ grade: .venv/ready-dev
 	$(RUN) -m pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
-data/demo/questions.jsonl: world.py | .venv/ready
-	$(RUN) world.py --split test --seed 1000 --questions 200 --out data/demo
+data/demo/questions.jsonl: lab/world.py | .venv/ready
+	$(RUN) -m lab.world --split test --seed 1000 --questions 200 --out data/demo
 
-data/test/questions.jsonl: world.py | .venv/ready
-	$(RUN) world.py --split test --seed 2000 --questions 520 --out data/test
+data/test/questions.jsonl: lab/world.py | .venv/ready
+	$(RUN) -m lab.world --split test --seed 2000 --questions 520 --out data/test
 
 # Both shipped models, side by side on two cores: the trained one and the deliberately weak one differ in their demonstrations only.
 PRACTICE = data/sft/copy.jsonl=4 data/sft/describe.jsonl=5 data/sft/compare.jsonl=2.5
@@ -58,8 +58,8 @@ SFT = $(RUN) train.py sft --model data/shell --threads 1 --seed $(SEED) --steps 
 	--save-every 1000 --val-every 1000 --val-world data/val-sft --log-every 200
 
 weights: .venv/ready
-	$(RUN) world.py --split train --seed $(SEED) --questions 13000 --practice 3000 --out data/sft --shell data/shell
-	$(RUN) world.py --split val --seed $(SEED) --questions 260 --out data/val-sft
+	$(RUN) -m lab.world --split train --seed $(SEED) --questions 13000 --practice 3000 --out data/sft --shell data/shell
+	$(RUN) -m lab.world --split val --seed $(SEED) --questions 260 --out data/val-sft
 	$(MAKE) --jobs 2 runs/tiny runs/tiny-warm
 	$(RUN) train.py export --run runs/tiny --out weights/tiny
 	$(RUN) train.py export --run runs/tiny-warm --which last --out weights/tiny-warm

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 
 import torch
 
-from score import answer_scores
-from steps import RouteStep, parse_step
+from parts.score import answer_scores
+from parts.steps import RouteStep, parse_step
 
 # -------------------------------------------------------------------------------------------------------------- rewards
 

@@ -16,22 +16,12 @@ Deviations from the paper and from the released code, and why:
     and writes a wrong id before each passage. Here a last, shorter window covers what no full one does, and an id says
     page and window.
 """
-import argparse
-import fcntl
-import hashlib
-import html
 import itertools
 import json
 import math
-import mmap
 import os
-import re
 import shutil
-import signal
 import sys
-import time
-from array import array
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -39,12 +29,17 @@ import hnswlib
 import numpy as np
 import torch
 
-from encode import MARKERS, WEIGHT_FREE, EncoderOptions, checksum, load_encoder, option, passage, utf8, whole
-from model import inside, read_json, settle, usable_device, write_json
-from score import printable
+from parts.corpora import READERS, checked_doc, distinct, files_of, read_docs
+from parts.encoders import WEIGHT_FREE, passage
+from parts.pretrained import EncoderOptions, load_encoder
+from parts.steps import BASES
+from parts.store import (FORMAT, DocFile, begin_or_resume, check_files, check_target, clear_aside,
+                         listed_files, put_in_place, read_manifest, real_place, text_sum,
+                         write_manifest)
+from plumbing.old import (OneLineParser, Progress_build as Progress, add_flags, checksum, code_of,
+                          option_encode as option, printable, read_json, settle, sole_writer,
+                          stop_on_sigterm, usable_device, whole, write_json)
 
-FORMAT = 1  # of the folder on disk; a base of another format is refused
-MAX_ROW = 4_000_000  # characters of a line of JSONL: a longer one is no passage or question
 OVERFETCH = 8  # hits fetched beyond k, so that equal scores around the k-th place are settled by document order
 CHUNK = 8192  # documents encoded, or vectors scored by exact search, at a time
 
@@ -58,284 +53,6 @@ class Hit:
     text: str
     score: float
     image: str | None = None
-
-
-def checked_doc(row, place):
-    """A document with exactly the four fields, each of the right type; `place` (file:line) stands in the error."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: expected an object with id, text, title and image, found {type(row).__name__}")
-    title, image = row.get("title"), row.get("image")
-    doc = {"id": row.get("id"), "text": row.get("text"), "title": "" if title is None else title,
-           "image": None if image == "" else image}
-    if type(doc["id"]) is int:
-        doc["id"] = str(doc["id"])
-    for name, value in doc.items():
-        if not isinstance(value, str) and (name != "image" or value is not None):
-            found = "missing" if value is None else type(value).__name__
-            raise ValueError(f"{place}: field {name!r} is {found}, expected a string: a row has id, text, title, image")
-    return {name: value and utf8(value) for name, value in doc.items()}
-
-
-# --------------------------------------------------------------------------------------------------- readers of corpora
-
-@contextmanager
-def reading(path):
-    """A text file, open; ValueError where it cannot be read as UTF-8. A byte-order mark at its start is passed over."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            yield file
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason}): convert the file") from None
-
-
-def lines_of(path):
-    """Numbered places and lines of a text file: ("file:3", line). A line without end is refused before it is read."""
-    with reading(path) as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_ROW + 1), ""), 1):
-            if len(line) > MAX_ROW:
-                raise ValueError(f"{path}:{number}: a row of more than {MAX_ROW} characters: cut it into passages, one "
-                                 "object a line")
-            yield f"{path}:{number}", line
-
-
-def json_object(line, place):
-    """One line of a JSONL file as a dict."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # no JSON, an integer beyond Python's limit, lists in lists in lists
-        raise ValueError(f"{place}: not JSON ({error}): expected one object a line") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: expected an object, found {type(row).__name__}")
-    return row
-
-
-def picture_in(folder, name, place):
-    """The path of a document's picture; a corpus from outside names no file outside its folder, links followed."""
-    path = os.path.join(folder, name)
-    if not name.isprintable() or not inside(path, folder):
-        raise ValueError(f"{place}: picture {name!r} leads out of {folder}: name the pictures' folder with --images")
-    return path
-
-
-def distinct(read):
-    """The documents of read(), a function that gives a fresh stream of them; ValueError where an id comes twice.
-
-    Keeps 8 bytes of each id. Only where two are alike the stream is read again, to compare the ids themselves.
-    """
-    seen = array("q")
-    for doc in read():
-        seen.append(hash(doc["id"]))
-        yield doc
-    values, counts = np.unique(np.asarray(seen), return_counts=True)
-    twice, met = set(values[counts > 1].tolist()), set()
-    for doc in read() if twice else ():
-        if doc["id"] in met:
-            raise ValueError(f"id {doc['id'][:80]!r} stands twice in the corpus: ids tell documents apart")
-        if hash(doc["id"]) in twice:
-            met.add(doc["id"])
-
-
-def read_docs(path, images=None):
-    """Plain JSONL: id, text, optionally title and image. Yields documents in order.
-
-    Image paths are relative to the folder `images`, by default the file's own, and come back joined to it.
-    A row that does not fit raises ValueError with file and line.
-    """
-    for place, line in lines_of(path):
-        if line.strip():
-            doc = checked_doc(json_object(line, place), place)
-            yield {**doc, "image": doc["image"] and picture_in(images or Path(path).parent, doc["image"], place)}
-
-
-def read_mbeir(path, images=None):
-    """M-BEIR candidates: did, txt, img_path, modality. `images` is the folder that img_path starts from."""
-    for place, line in lines_of(path):
-        if not line.strip():
-            continue
-        row = json_object(line, place)
-        modality = set(str(row.get("modality")).split(","))  # "text,image" and "image,text" both occur
-        if not modality <= {"text", "image"}:
-            raise ValueError(f"{place}: modality is {row.get('modality')!r}, expected text, image or both")
-        if "image" in modality and not (isinstance(row.get("img_path"), str) and row["img_path"]):
-            raise ValueError(f"{place}: modality {row['modality']!r}, but img_path is {row.get('img_path')!r}")
-        image = picture_in(images or Path(path).parent, row["img_path"], place) if "image" in modality else None
-        text = (row.get("txt") or "") if "text" in modality else ""
-        yield checked_doc({"id": row.get("did"), "text": text, "image": image}, place)
-
-
-class JsonStream:
-    """A JSON file read piece by piece: a window slides over its text, so that only the value in hand is in memory."""
-    solid = re.compile(r"\S")
-
-    def __init__(self, path, file):
-        self.path, self.file, self.window, self.at = path, file, "", 0  # what stands before `at` is done with
-
-    def broken(self, problem):
-        return ValueError(f"{self.path}: cannot be read as JSON near {self.window[self.at:self.at + 40]!r}: {problem}")
-
-    def grow(self, problem):
-        """Reads on, so that what is left of the window at least doubles; the problem is an error at the file's end."""
-        more = self.file.read(max(1 << 16, len(self.window) - self.at))
-        if not more:
-            raise self.broken(problem)
-        self.window, self.at = self.window[self.at:] + more, 0
-
-    def next(self):
-        """The next character that is no space, without passing it."""
-        while not (found := self.solid.search(self.window, self.at)):
-            self.grow("it ends too early")
-        self.at = found.start()
-        return found[0]
-
-    def expect(self, character):
-        """Passes the next character, which must be this one."""
-        if self.next() != character:
-            raise self.broken(f"expected {character!r}")
-        self.at += 1
-
-    def value(self, decode=json.JSONDecoder().raw_decode):
-        """The next value, whole: the window grows until it holds the value and what follows it."""
-        self.next()
-        while True:
-            try:
-                value, end = decode(self.window, self.at)
-                problem = "expected ','"
-            except (ValueError, RecursionError) as error:
-                end, problem = len(self.window), getattr(error, "msg", error)
-            follows = self.solid.search(self.window, end)
-            if follows and follows[0] in ",:]}":  # anything else may be the rest of a number that the window cuts
-                self.at = end
-                return value
-            self.grow(problem)
-
-    def items(self):
-        """Enters the next object or list and yields its keys, of a list numbers. Before the next key is asked for, the
-        caller takes the item's value, by value() or items()."""
-        opening, count = self.next(), 0
-        if opening not in "{[":
-            raise self.broken("expected a list or an object")
-        self.at += 1
-        while self.next() != {"{": "}", "[": "]"}[opening]:
-            if count:
-                self.expect(",")
-            key, count = self.value() if opening == "{" else count, count + 1
-            if opening == "{":
-                self.expect(":")
-            yield key
-        self.at += 1
-
-    def pairs(self):
-        """(key, value) of each item of the next object or list."""
-        return ((key, self.value()) for key in self.items())
-
-
-def table_column(path, name):
-    """(key, value) of each item of one column of a file of columns."""
-    with reading(path) as file:
-        stream = JsonStream(path, file)
-        for column in stream.items():
-            yield from (pair for pair in stream.pairs() if column == name)
-
-
-TABLE_FIELDS = ("flattened", "page_title", "section_title", "caption", "name", "header", "rows")
-
-
-def read_tables(path, images=None):
-    """Open-WikiTable's splitted_tables.json in any pandas orientation: a document's text is the flattened table."""
-    for key, row in table_rows(path):
-        place = f"{path}: table {key}"
-        row = row if isinstance(row, dict) else {}
-        lines = [row.get("header"), *row["rows"]] if isinstance(row.get("rows"), list) else [None]
-        if not row.get("flattened") and not all(isinstance(line, list) for line in lines):
-            raise ValueError(f"{place}: expected flattened, or header and rows (a list, and a list of lists)")
-        yield checked_doc({"id": str(key), "text": row.get("flattened") or flatten_table(row)}, place)
-
-
-def table_rows(path):
-    """(key, row) of each table, as pandas writes them: a list of rows, an object of rows, or an object of columns."""
-    with reading(path) as file:
-        stream, columns = JsonStream(path, file), []
-        for key in stream.items():
-            columns += [key] * (key in TABLE_FIELDS)
-            for _ in stream.pairs():
-                pass  # a look at the keys only
-        if (stream.window[stream.at:] + file.read()).strip():
-            raise stream.broken("the file should end here")
-    if not {"header", "flattened"} & set(columns):
-        with reading(path) as file:
-            yield from JsonStream(path, file).pairs()
-        return
-    for cells in itertools.zip_longest(*(table_column(path, name) for name in columns), fillvalue=(None, None)):
-        if len({key for key, _ in cells}) > 1:  # (key, value) of one table in each column
-            raise ValueError(f"{path}: its columns do not list the same tables in the same order")
-        yield cells[0][0], dict(zip(columns, (value for _, value in cells)))
-
-
-def flatten_table(row):
-    """A table as one line, the way the table encoder was trained to see it."""
-    cells = [[str(cell) for cell in line] for line in [row["header"], *row["rows"]]]
-    heads = [row.get(name) or "" for name in ("page_title", "section_title", "caption", "name")]
-    return ("".join(marker + str(head) for marker, head in zip(MARKERS, heads)) + "[Header]" + "[sep]".join(cells[0])
-            + "[Rows]" + "".join("[Row]" + "[sep]".join(line) for line in cells[1:]))
-
-
-WIKI_HEADER = re.compile(r'<doc id="([^"]*)".*? url="[^"]*" title="(.*)">\s*$')  # greedy: a title may hold quotes and >
-WIKI_SKIP = re.compile(r"(List|Index|Outline) of |.*\(disambiguation", re.IGNORECASE)
-WIKI_MEANINGS = re.compile(r"[^\n]{0,200}\b(may|can) (also |commonly )?refer to:?\s*$", re.MULTILINE)
-
-
-def files_of(path):
-    """A file, or all files below a folder in a fixed order."""
-    path = Path(path)
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-
-
-def read_wiki(path, images=None):
-    """wikiextractor's output, plain or --json, a file or a folder: windows of 100 words, each with the page's title."""
-    for file in files_of(path):
-        for place, page, title, text in wiki_pages(file):
-            title, text = html.unescape(title).strip(), html.unescape(text).strip()
-            head, _, rest = text.partition("\n")
-            text = rest.strip() if head.strip() == title else text
-            if text and not WIKI_SKIP.match(title) and not WIKI_MEANINGS.match(text):
-                for i, window in enumerate(windows(text.split())):
-                    yield checked_doc({"id": f"{page}-{i}", "text": window, "title": title}, place)
-
-
-def wiki_pages(path):
-    """Pages of one wikiextractor file: (place, id, title, text)."""
-    header, body = None, []
-    for place, line in lines_of(path):
-        if header is not None:
-            if WIKI_HEADER.match(line):  # a page inside a page: the end of the first is missing
-                break
-            if line.strip() == "</doc>":
-                yield *header, "".join(body)
-                header, body = None, []
-            else:
-                body.append(line)
-        elif line.startswith("{"):
-            row = json_object(line, place)
-            if not all(isinstance(row.get(name), str) for name in ("id", "title", "text")):
-                raise ValueError(f"{place}: expected id, title and text, each a string")
-            yield place, row["id"], row["title"], row["text"]
-        elif match := WIKI_HEADER.match(line):
-            header = place, match[1], match[2]
-        elif line.strip():
-            raise ValueError(f"{place}: expected <doc id= url= title=> or JSON, found {line.strip()[:40]!r}")
-    if header is not None:
-        raise ValueError(f"{header[0]}: page {header[2]!r} does not end with </doc>: is the file complete?")
-
-
-def windows(words, size=100, stride=50):
-    """Overlapping windows of words, the last one shorter where full ones leave words over; each holds something new."""
-    for start in range(0, max(len(words) - size + stride, 1), stride):
-        yield " ".join(words[start:start + size])
-
-
-READERS = {"plain": read_docs, "wiki": read_wiki, "tables": read_tables, "mbeir": read_mbeir}
 
 
 # -------------------------------------------------------------------------------------------------------------- indexes
@@ -468,29 +185,15 @@ class Flat:
 INDEXES = {"hnsw": Graph, "flat": Flat}
 
 
+def suffix_of(index):
+    """The ending of the files of an index with these options, as a manifest has them."""
+    return INDEXES[IndexOptions(**index).index].suffix
+
+
 def chunks_of(index):
     """All vectors of an index, some thousand rows at a time."""
     for start in range(0, index.count, CHUNK):
         yield index.block(start, min(start + CHUNK, index.count))
-
-
-# --------------------------------------------------------------------------------------------------- the folder on disk
-
-class DocFile:
-    """Documents on disk, read by offset when they are asked for; image paths come back joined to the base's folder."""
-
-    def __init__(self, folder, stem):
-        self.folder = os.fspath(folder)
-        self.offsets = np.load(folder / f"{stem}.offsets.npy")  # (N + 1,) first bytes of the lines
-        with open(folder / f"{stem}.docs.jsonl", "rb") as file:
-            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def __len__(self):
-        return len(self.offsets) - 1
-
-    def __getitem__(self, i):
-        doc = json.loads(self.bytes[self.offsets[i]:self.offsets[i + 1]])
-        return {**doc, "image": doc["image"] and os.path.normpath(os.path.join(self.folder, doc["image"]))}
 
 
 @dataclass(frozen=True)
@@ -539,121 +242,6 @@ class Shard:
         return cls(index, docs)
 
 
-def write_manifest(folder, encoder, options, records, corpus=None):
-    """The last file of a base: what it is made of, and how to tell that nothing changed since. corpus: the checksum of
-    the file that it follows (load_or_build)."""
-    write_json(folder / "encoder.json", encoder.state())
-    body = {"format": FORMAT, "count": sum(record["count"] for record in records), "dim": encoder.dim, "space": "ip",
-            "encoder": {"name": encoder.name, "options": encoder.options, "fingerprint": encoder.fingerprint()},
-            "index": asdict(options), "shards": records, "files": {"encoder.json": checksum(folder / "encoder.json")},
-            **({"corpus": corpus} if corpus else {})}
-    write_json(folder / "manifest.json", {**body, "sha256": text_sum(body)})
-
-
-def text_sum(value):
-    """Checksum of a JSON value, whatever its spacing."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def read_manifest(path):
-    """The manifest of a base, if this program can read it and nobody changed it."""
-    file = Path(path) / "manifest.json"
-    if not file.is_file():
-        raise ValueError(f"{path}: no knowledge base here (no manifest.json): make one with retrieve.py build")
-    manifest = read_json(file)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{file}: not of format {FORMAT}, which this program reads: build the base again")
-    if manifest.pop("sha256", None) != text_sum(manifest):
-        raise ValueError(f"{file}: altered (checksum differs): build the base again")
-    try:
-        endings = (".docs.jsonl", INDEXES[IndexOptions(**manifest["index"]).index].suffix, ".offsets.npy")
-        expected = [f"{number:05d}{ending}" for number in range(len(manifest["shards"])) for ending in endings]
-        fits = ([name for name, _ in listed_files(manifest)] == ["encoder.json", *expected]
-                and {"name", "options", "fingerprint"} <= set(manifest["encoder"]))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        fits = False
-    if not fits:  # its checksum is right, so somebody wrote it that way
-        raise ValueError(f"{file}: not as this program writes it: build the base again")
-    return manifest
-
-
-def listed_files(manifest):
-    """(name, checksum) of each file of a base."""
-    return [item for part in (manifest, *manifest["shards"]) for item in part["files"].items()]
-
-
-def check_files(path, manifest):
-    """Compares every file of a base with its manifest: there, size, checksum."""
-    for name, expected in listed_files(manifest):
-        file = Path(path) / name
-        if not file.is_file():
-            raise ValueError(f"{file}: missing: build the base again")
-        if (size := file.stat().st_size) != expected["bytes"]:
-            raise ValueError(f"{file}: {size} bytes, expected {expected['bytes']} (truncated?): build the base again")
-        if checksum(file) != expected:
-            raise ValueError(f"{file}: altered (checksum differs): build the base again")
-
-
-def real_place(path):
-    """The absolute path of a base; where a link stands, that of the folder it points to: a save keeps the link."""
-    return Path(os.path.realpath(path) if os.path.islink(path) else os.path.abspath(path))
-
-
-def put_in_place(folder, path):
-    """Renames a finished folder to `path`. A base that stands there is moved aside first, then deleted."""
-    clear_aside(path)
-    settle(folder)
-    if path.exists():
-        os.replace(path, aside_of(path))
-    os.replace(folder, path)
-    settle(path.parent)
-    clear_aside(path)
-
-
-def aside_of(path):
-    return path.parent / f".{path.name}.old"
-
-
-def clear_aside(path):
-    shutil.rmtree(aside_of(path), ignore_errors=True)
-
-
-OWN_FILE = re.compile(r"manifest\.json|encoder\.json|progress|\d{5,}\.(docs\.jsonl|offsets\.npy|hnsw|npy)")
-
-
-def check_target(path):
-    """A place that a base may be written to: free, empty, or an older base and nothing beside it."""
-    if path.exists() and not (path / "manifest.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path}: exists and is no knowledge base: give another place, nothing was overwritten")
-    for file in sorted(path.iterdir()) if path.exists() else ():
-        if not OWN_FILE.fullmatch(file.name):
-            raise ValueError(f"{file}: not of the base that would be replaced: move it away, nothing was overwritten")
-
-
-@contextmanager
-def sole_writer(path, wait=True, check=check_target):
-    """The right to write the base at `path`: one process at a time holds it, until it is done or dies (kill -9 too).
-    `check(path)` raises where something else stands there.
-
-    Where another process holds it, this one waits, or with wait=False raises ValueError.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.parent / f".{path.name}.lock"
-    while True:
-        with open(lock, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise ValueError(f"{path}: another process builds it: wait for that, or give another place") from None
-            if os.fstat(file.fileno()).st_nlink:  # 0: who held it deleted it while we waited; others may hold a new one
-                try:
-                    check(path)
-                    yield
-                finally:
-                    lock.unlink(missing_ok=True)
-                return
-
-
 # --------------------------------------------------------------------------------------------------- the knowledge base
 
 class KnowledgeBase:
@@ -683,7 +271,7 @@ class KnowledgeBase:
     def save(self, path):
         """Writes the base as a folder, beside `path` first and then renamed: nothing is ever half-written there."""
         path = real_place(path)
-        with sole_writer(path):
+        with sole_writer(path, check=check_target):
             self.write(path)
 
     def write(self, path, corpus=None):
@@ -706,7 +294,7 @@ class KnowledgeBase:
         encoders and exact search run. ef: another one than the base was built with.
         """
         path = real_place(path)
-        manifest = read_manifest(path)
+        manifest = read_manifest(path, suffix_of)
         made = manifest["encoder"]
         encoder = made["name"] if encoder is None else encoder
         if isinstance(encoder, (str, Path)):
@@ -796,7 +384,7 @@ def load_or_build(path, corpus, encoder):
             return False
         newer = manifest.stat().st_mtime >= corpus.stat().st_mtime
         try:
-            follows = read_manifest(path).get("corpus")
+            follows = read_manifest(path, suffix_of).get("corpus")
         except ValueError:
             if newer:
                 raise
@@ -804,7 +392,7 @@ def load_or_build(path, corpus, encoder):
         return follows == checksum(corpus) if follows else newer
 
     if not fresh():
-        with sole_writer(path):
+        with sole_writer(path, check=check_target):
             if not fresh():  # still, now that no other process is at it
                 known = checksum(corpus)
                 KnowledgeBase.build(read_docs(corpus), encoder).write(path, known)
@@ -821,7 +409,7 @@ def build_folder(read, encoder, out, options=IndexOptions(), *, shard=500_000, s
     if shard < 1:
         raise ValueError(f"shard is {shard}: give the number of documents of a shard, at least 1")
     out = real_place(out)
-    with sole_writer(out, wait=False):
+    with sole_writer(out, wait=False, check=check_target):
         return build_shards(read, encoder, out, replace(options, ef=options.ef or encoder.ef), shard, source, log)
 
 
@@ -851,40 +439,31 @@ def build_shards(read, encoder, out, options, shard, source, log):
     put_in_place(work, out)
     shutil.rmtree(out / "progress")
     return count
+WORLD_ENCODERS = {"text": "lexical", "image": "pixel", "table": "lexical"}
 
 
-def begin_or_resume(work, plan, read, encoder, log):
-    """(Encoder fitted on the corpus, number of documents): of an earlier run with the same plan, else of a new one."""
-    begun = work / "progress" / "plan.json"
-    if begun.is_file():
-        known = read_json(begun)
-        if known["plan"] == plan:
-            log(f"going on in {work}")
-            return encoder.restored(known["state"]), known["count"]
-        log(f"{work} was begun with other options or another corpus: starting anew")
-    encoder, count = encoder.fitted(distinct(read))  # also the look at every row before the long work begins
-    log(f"{count} documents")
-    shutil.rmtree(work, ignore_errors=True)
-    (work / "progress").mkdir(parents=True)
-    write_json(begun, {"plan": plan, "count": count, "state": encoder.state()})
-    return encoder, count
+def load_bases(named):
+    """["text=DIR", ...] -> {"text": KnowledgeBase, ...}."""
+    bases = {}
+    for item in named:
+        name, _, folder = item.partition("=")
+        if name not in BASES or not folder:
+            raise ValueError(f"--kb {item}: expected NAME=DIR with a name of {', '.join(BASES)}")
+        if name in bases:
+            raise ValueError(f"--kb {item}: there is a base {name} before it: name each once")
+        bases[name] = KnowledgeBase.load(folder)
+    return bases
 
 
-class Progress:
-    """Says every few seconds how many documents are done and how long the rest will take."""
-
-    def __init__(self, total, log, every=5.0):
-        self.total, self.log, self.every = total, log, every
-        self.done = self.encoded = 0  # of the whole corpus; of them by this run
-        self.start = self.said = time.monotonic()
-
-    def add(self, count, encoded=True):
-        """`count` more documents are done; encoded=False where an earlier run had done them."""
-        self.done, self.encoded, now = self.done + count, self.encoded + count * encoded, time.monotonic()
-        if encoded and (now - self.said >= self.every or self.done == self.total):
-            self.said, rate = now, self.encoded / max(now - self.start, 1e-9)
-            left = (self.total - self.done) / rate / 60
-            self.log(f"{self.done} of {self.total} documents, {rate:.0f}/s, {left:.1f} min left")
+def world_bases(folder, names=BASES):
+    """The bases of a world, kept in its folder kb: built on first use, and again when their corpus is another one."""
+    bases = {}
+    for name in names:
+        corpus, home = Path(folder) / f"{name}.jsonl", Path(folder) / "kb" / name
+        if not corpus.is_file():
+            raise ValueError(f"{corpus}: no such file: --world takes a folder that world.py has written")
+        bases[name] = load_or_build(home, corpus, WORLD_ENCODERS[name])
+    return bases
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -924,7 +503,7 @@ def search_command(args):
 
 def info_command(args):
     """Prints what a base is made of, without opening its indexes."""
-    manifest = read_manifest(args.kb)
+    manifest = read_manifest(args.kb, suffix_of)
     shown = {"documents": manifest["count"], "encoder": manifest["encoder"], "dimension": manifest["dim"],
              "index": manifest["index"], "shards": len(manifest["shards"]),
              "bytes": sum(file["bytes"] for _, file in listed_files(manifest))}
@@ -936,24 +515,6 @@ def check_command(args):
     base = KnowledgeBase.load(args.kb, args.encoder, device=args.device, ef=args.ef)
     recall = round(base.recall(args.sample, args.k), 4)
     print(json.dumps({"documents": len(base), "checksums": "ok", f"recall@{args.k}": recall}))
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong with the flags in one line."""
-
-    def error(self, message):
-        raise ValueError(f"{message}: see {self.prog} --help")
-
-
-def add_flags(parser, kind):
-    """One flag for each field of an options dataclass."""
-    for f in fields(kind):
-        flag, text = f"--{f.name.replace('_', '-')}", f.metadata["help"]
-        if type(f.default) is bool:
-            parser.add_argument(flag, dest=f.name, default=f.default, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            text = f"{text} [{f.default}]" if f.default else text
-            parser.add_argument(flag, dest=f.name, default=f.default, type=type(f.default), help=text)
 
 
 def parse_arguments():
@@ -999,18 +560,6 @@ def main():
     except KeyboardInterrupt as stop:
         print("retrieve.py: stopped; the same build continues", file=sys.stderr)
         sys.exit(code_of(stop))
-
-
-def stop_on_sigterm():
-    """From here on SIGTERM ends a command as Ctrl-C does: what is half-written is cleared away, one line is said."""
-    def stop(number, frame):
-        raise KeyboardInterrupt(number)
-    signal.signal(signal.SIGTERM, stop)
-
-
-def code_of(stop):
-    """The exit code after a KeyboardInterrupt: 130 after Ctrl-C, 143 after SIGTERM."""
-    return 128 + (stop.args or (signal.SIGINT,))[0]
 
 
 if __name__ == "__main__":

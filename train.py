@@ -23,7 +23,6 @@ Deviations from the paper and from the released code, with the reason
     * The KL reference costs no memory where an adapter is trained, and no time where its coefficient is 0.
 """
 import copy
-import json
 import math
 import os
 import random
@@ -32,139 +31,32 @@ import shutil
 import sys
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from encode import load_encoder
-from grpo import RewardOptions, answer_reward, group_advantages, grpo_loss, similarity_table, step_reward
-from infer import (MAX_ROW, Candidate, Router, Search, as_text, embedded_world, in_budget, load_prompts,
-                   load_questions, step_output, world_bases)
-from model import VLM, add_lora, inside, load_adapter, lora_disabled, merge_lora, read_json, settle
-from retrieve import code_of, stop_on_sigterm
-from run import (MODEL_FILES, Options, RankRouter, Run, expect_pictures, first_rank_first, gather, join_ranks,
-                 open_model, option, parse_options, rank, ranks, reading_checkpoint, tell, write_model)
-from score import answer_scores, golds_of, printable
-from steps import BASE_OF, BASES, IMAGE, RouteStep, conversation, parse_step
-
-# ----------------------------------------------------------------------------------------------- step files as examples
-
-
-@dataclass(frozen=True)
-class StepExample:
-    """One step of a published Step-GRPO file: what is asked, and what is right."""
-    kind: str                                             # "ret" or "ans"
-    system: str
-    problem: str
-    answer: object               # {"query", "retriever"} of a routing step, text or list of accepted texts otherwise
-    thought: str
-    images: tuple                                         # paths
-
-    @property
-    def final(self):
-        return isinstance(self.answer, list)
-
-    def conversation(self):
-        """The chat that the processor takes: a picture stands where the problem ends with its marker."""
-        image = self.images[0] if self.images and self.problem.endswith(IMAGE) else None
-        return conversation(self.system, self.problem, image)
-
-    def as_published(self):
-        """The step as a published row has it, for the reward and for the text of the right output."""
-        return {"step_type": self.kind, "answer": self.answer, "thought": self.thought}
-
-    def target(self):
-        """The right output as text."""
-        return step_output(self.as_published())
-
-
-def gold_base(answer):
-    """The base of a routing step's gold answer, "none" included; None where it names none that is known."""
-    named = answer.get("retriever") if isinstance(answer, dict) else None
-    name = named[0].strip().lower() if isinstance(named, list) and named and isinstance(named[0], str) else None
-    if name and str(answer.get("query")).strip().lower() == "none":     # said of either, it is meant of both
-        return "none"
-    return name if name in (*BASE_OF, "none") else None
-
-
-def read_steps(path):
-    """Read a step file into a list of trajectories, each a list of StepExample. ValueError names file and line of a row
-    that does not fit, or that shows a picture of this machine from outside the file's folder."""
-    path, rows = Path(path), []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")        # splitlines() would break rows at U+2028, too
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: not readable ({e})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            if len(line) > MAX_ROW:
-                raise ValueError(f"a row of {len(line)} characters: {MAX_ROW} at most")
-            row = json.loads(line)
-            as_text(row)
-            if not isinstance(row.get("images") or [], list):
-                raise TypeError("images is no list")
-            images = tuple(str(path.parent / i) for i in row.get("images") or ())
-            if len(images) > 1:
-                raise ValueError(f"{len(images)} pictures: a row shows one")
-            # published files name their authors' paths, which nobody else has: such rows are counted and left out
-            if outside := [i for i in images if os.path.exists(i) and not inside(i, path.parent)]:
-                raise ValueError(f"picture {outside[0]} leads out of the file's folder: put it, or a hard link, there")
-            steps = [StepExample(s["step_type"], s["system"], s["problem"], s["answer"], s.get("thought", ""), images)
-                     for s in row["steps"]]
-            fits = lambda s: (s.kind == "ret" and gold_base(s.answer) is not None or
-                              s.kind == "ans" and bool(s.answer) and not isinstance(s.answer, dict))
-            bad = [s for s in steps if not fits(s)]
-            if bad or not steps:
-                raise KeyError(f"step_type {bad[0].kind!r} with answer {str(bad[0].answer)[:60]!r}" if bad else "steps")
-            if not all(isinstance(text, str) for s in steps for text in (s.target(), s.problem, s.system, s.thought)):
-                raise TypeError("a problem, system prompt or thought that is no text")
-            rows.append(steps)
-        except (json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError, IndexError) as e:
-            raise ValueError(f"{path}, line {number}: expected {{\"images\", \"steps\": [{{\"step_type\": ret|ans, "
-                             f"\"problem\", \"system\", \"answer\"}}]}} ({type(e).__name__}: {e})") from None
-        except ValueError as e:
-            raise ValueError(f"{path}, line {number}: {e}") from None
-    if not rows:
-        raise ValueError(f"{path}: no rows")
-    return rows
-
-
-class Mixture:
-    """Endless batches from several files, each file drawn in proportion to its share and without repetition within an
-    epoch.
-
-    Batch (pool, i) depends on the seed alone, so a run continues at the same place. Examples of a pool are sorted by
-    length before they are cut into batches, so that little is padded; the order of the batches is shuffled again.
-    """
-    POOL = 1024
-
-    def __init__(self, sources, length, tokens, seed):
-        """sources: list of (name, examples, share); length(example): its tokens; tokens: budget of a batch."""
-        total = sum(share for _, _, share in sources)
-        self.sources = [(name, examples, max(1, round(self.POOL * share / total))) for name, examples, share in sources]
-        self.length, self.tokens, self.seed, self.orders = length, tokens, seed, {}
-
-    def drawn(self, name, examples, i):
-        """The i-th draw from a file: every epoch is another permutation."""
-        epoch, place = divmod(i, len(examples))
-        if self.orders.get(name, (None, None))[0] != epoch:
-            order = list(range(len(examples)))
-            random.Random(f"{self.seed} {name} {epoch}").shuffle(order)
-            self.orders[name] = epoch, order
-        return examples[self.orders[name][1][place]]
-
-    def batches(self, pool):
-        """The batches of a pool, each a list of StepExample."""
-        drawn = [self.drawn(name, examples, pool * count + i)
-                 for name, examples, count in self.sources for i in range(count)]
-        batches = in_budget(drawn, self.length, self.tokens)
-        random.Random(f"{self.seed} pool {pool}").shuffle(batches)
-        return batches
+from grpo import (RewardOptions, answer_reward, group_advantages, grpo_loss, similarity_table,
+                  step_reward)
+from infer import Candidate, Router, Search
+from model import VLM
+from parts.chat import Processor
+from parts.evaluate import evaluate
+from parts.groups import Group, Interest, balanced, reward_metrics
+from parts.lora import add_lora, load_adapter, lora_disabled, merge_lora, save_adapter
+from parts.pretrained import load_encoder
+from parts.questions import embedded_world, golds_of, load_questions
+from parts.score import answer_scores
+from parts.stepfiles import (Mixture, gold_label, in_budget, load_prompts, offline_rows, prompts_of,
+                             read_sources)
+from parts.steps import BASES, parse_step
+from plumbing.old import (code_of, option_run as option, parse_options, printable, read_json,
+                          settle, stop_on_sigterm, usable_device, write_json)
+from plumbing.ranks import expect_pictures, first_rank_first, gather, join_ranks, rank, ranks
+from plumbing.run import Options, Run, reading_checkpoint
+from retrieve import world_bases
 
 
 def encoded(processor, example):
@@ -194,6 +86,75 @@ def make_batch(processor, examples, max_positions, device):
     T = batch["input_ids"].shape[1]
     mask = torch.arange(T) >= T - torch.tensor(responses)[:, None]        # (B, T): rows end together, targets are last
     return {k: None if v is None else v.to(device) for k, v in batch.items()}, mask.to(device), too_long
+
+
+class RankRouter(Router):
+    """A router whose model calls are dealt out to the ranks. All draw the noise of all, so the outputs are the same
+    for any number of ranks."""
+
+    def sample(self, talks, generator, n=None):
+        noise, mine = self.noise(talks, generator, n), slice(rank(), None, ranks())
+        outputs = [None] * len(talks)
+        for r, some in enumerate(gather(super().sample(talks[mine], generator, n, noise[mine]))):
+            outputs[r::ranks()] = some
+        return outputs
+
+
+MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
+               "processor_config.json", "generation_config.json", "chat_template.json", "chat_template.jinja")
+
+
+def write_model(path, model, origin, prompts, dtype=None):
+    """A model directory: our weights (or adapter), and tokenizer, picture settings and prompts of the directory that
+    training started from."""
+    path.mkdir(parents=True, exist_ok=True)
+    for name in MODEL_FILES[1:]:
+        if (Path(origin) / name).exists():
+            shutil.copy(Path(origin) / name, path / name)
+    if prompts:
+        write_json(path / "prompts.json", prompts)
+    save_adapter(model, path) if hasattr(model, "lora") else model.save_pretrained(path, dtype)
+
+
+def read_model(path, model):
+    """The weights (or the adapter) of a checkpoint, into a model that is there."""
+    if hasattr(model, "lora"):
+        load_adapter(model, path)
+    else:
+        saved = VLM.from_pretrained(path, dtype=next(model.parameters()).dtype)
+        model.load_state_dict(saved.state_dict())
+
+
+def validation_scores(o, model, processor, prompts):
+    """The validation world's questions, answered greedily through the router -> their scores."""
+    with first_rank_first():
+        world = o.val_world or embedded_world("val", "val", 0, 260)
+        bases = world_bases(world)
+    rows, _ = load_questions(Path(world) / "questions.jsonl", limit=o.val_questions)
+    as_trained = ("k", "max_steps", "max_new_tokens", "call_tokens")
+    router = RankRouter(model, processor, bases, prompts=prompts,
+                        **{name: getattr(o, name) for name in as_trained if hasattr(o, name)})
+    return evaluate(router.run(rows))
+
+
+def open_run(o, model, processor, prompts):
+    """The folder of a run of this model, new or continued."""
+    return Run(o, model, processor, prompts, save=write_model, load=read_model, validate=validation_scores)
+
+
+def open_model(options):
+    """Weights where the directory has them, random ones where it holds a config alone."""
+    path, dtype = Path(options.model), getattr(torch, options.dtype)
+    if not path.is_dir():
+        raise ValueError(f"--model {path}: no such directory")
+    usable_device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    fresh = not any(path.glob("*.safetensors"))
+    model = (VLM.from_config(path, options.seed, dtype, options.device) if fresh else
+             VLM.from_pretrained(path, dtype, options.device))
+    model.model.gradient_checkpointing = options.checkpointing
+    return model, Processor.from_pretrained(path), fresh
 
 
 # ----------------------------------------------------------------------------------------------------------- supervised
@@ -230,34 +191,6 @@ def start_previous_token_head(model, layers=(0, 1), strength=10.0):
             q.bias[both] = size * torch.tensor([math.cos(speeds[pair]), -math.sin(speeds[pair])])
 
 
-def prompts_of(examples):
-    """The system prompts that steps were written with, for prompts.json: the most frequent one of route, answer and
-    final steps."""
-    counts = {"route": Counter(), "answer": Counter(), "final": Counter()}
-    for e in examples:
-        counts["route" if e.kind == "ret" else "final" if e.final else "answer"][e.system] += 1
-    return {kind: seen.most_common(1)[0][0] for kind, seen in counts.items() if seen}
-
-
-def read_sources(specs):
-    """["a.jsonl=3", "b.jsonl"] -> [(name, steps, share)]."""
-    sources = []
-    for spec in specs:
-        name, _, share = spec.rpartition("=") if "=" in spec else (spec, "", "1")
-        try:
-            if not 0 < float(share) < math.inf:
-                raise ValueError(f"the share is {share}: give a positive number")
-            rows, counts = clean_rows(read_steps(name), ())
-            if counts["no_picture"]:
-                tell(f"--data {spec}: left out {counts['no_picture']} rows whose picture is missing")
-            sources.append((name, [step for row in rows for step in row], float(share)))
-        except ValueError as e:
-            raise ValueError(f"--data {spec}: {e}") from None
-    if not sources:
-        raise ValueError("--data: name at least one step file")
-    return sources
-
-
 def sft(o):
     """Supervised training on step files: cross-entropy of the response tokens, nothing else."""
     join_ranks(o.device)
@@ -266,7 +199,7 @@ def sft(o):
         start_previous_token_head(model)
     sources = read_sources(o.data)
     mixture = Mixture(sources, lambda example: count_tokens(processor, example), o.tokens, o.seed)
-    run = Run(o, model, processor, prompts_of(sources[0][1]))
+    run = open_run(o, model, processor, prompts_of(sources[0][1]))
     pool, place = run.state.setdefault("place", [0, 0])
     batches = mixture.batches(pool)
     for step in run.steps():
@@ -346,102 +279,6 @@ class GrpoOptions(Options):
                          choices=("no_picture", "repeats", "no_information"))
 
 
-@dataclass
-class Group:
-    """G outputs of one prompt, what each earned, and where they belong. In outcome mode: those outputs of a question's
-    G trajectories that answered the same prompt, each with the reward and advantage of its trajectory."""
-    conversation: list
-    prompt_ids: tuple
-    candidates: tuple
-    rewards: list                       # of floats
-    parts: list                         # of grpo.Reward, for the log
-    label: str                          # gold route, "answer" or "outcome": what the log and the balance go by
-    golds: list                         # what would be right: answers, {"query", "retriever"} of routing steps
-    advantages: torch.Tensor | None = None
-
-    @property
-    def mixed(self):
-        """Whether the outputs earned different rewards: only then the group says what was better."""
-        return max(self.rewards) > min(self.rewards)
-
-    @property
-    def solved(self):
-        """Whether every output was right in all its parts."""
-        return all(v > 0.999 for p in self.parts for v in (p.similarity, p.route, p.answer) if v is not None)
-
-    @property
-    def teaches(self):
-        """Whether an update can learn from it: where all advantages are 0, the gradient of Eq. 5 is, too. Other groups
-        are left out of the update, with their KL and entropy terms."""
-        return bool(self.advantages.any())
-
-    @property
-    def size(self):
-        return len(self.prompt_ids) + sum(len(c.token_ids) for c in self.candidates)
-
-    @property
-    def picture(self):
-        return any(not isinstance(message["content"], str) for message in self.conversation)
-
-    def as_row(self):
-        """For samples.jsonl: what was asked, what is right, what each output said and earned."""
-        content = self.conversation[-1]["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        known = [{k: v for k, v in asdict(p).items() if v is not None} for p in self.parts]
-        known = known or [{}] * len(self.candidates)                        # no parts in outcome mode
-        return {"label": self.label, "prompt": "".join(p["text"] for p in parts if p["type"] == "text"),
-                "image": next((str(p["image"]) for p in parts if p["type"] == "image"), None), "gold": self.golds,
-                "outputs": [{"text": c.text, "reward": r, "advantage": round(a, 4), "parts": p}
-                            for c, r, a, p in zip(self.candidates, self.rewards, self.advantages.tolist(), known)]}
-
-
-class Interest:
-    """How often the groups of a kind of prompt were not solved lately. Prompts that are always solved teach nothing, so
-    they are drawn less often."""
-
-    def __init__(self, rest, state):
-        self.rest, self.unsolved = rest, state
-
-    def weight(self, key):
-        return 1 - self.rest * (1 - self.unsolved.get(key, 1.0))
-
-    def learn(self, key, solved):
-        self.unsolved[key] = 0.9 * self.unsolved.get(key, 1.0) + 0.1 * (not solved)
-
-    def choose(self, items, count, key, rng):
-        """Draw without replacement, by weight (Efraimidis and Spirakis: the largest u ** (1 / w))."""
-        return sorted(items, key=lambda x: rng.random() ** (1 / max(1e-6, self.weight(key(x)))), reverse=True)[:count]
-
-
-def quotas(o, labels, rng):
-    """How many prompts of each label an update gets: the routes evenly, the rest of the division to some of them,
-    answers their share. labels: those present."""
-    routes = sorted(x for x in labels if x != "answer")
-    answers = round(o.prompts * o.answer_share) if "answer" in labels else 0
-    each, rest = divmod(o.prompts - answers, max(1, len(routes)))
-    rng.shuffle(routes)
-    return {"answer": answers, **{r: each + (i < rest) for i, r in enumerate(routes)}}
-
-
-def balanced(o, items, label, key, interest, rng):
-    """Draw o.prompts of the items: evenly over their gold routes, or as they come.
-
-    Why evenly: inside a group the right route always wins, but the update is a sum over groups. Where one route is rare
-    among the prompts, the push towards the other routes everywhere is stronger than the push towards it on its own
-    prompts; it is sampled less and less, and a route that is never sampled has no advantage to learn
-    from. With even shares nothing is gained by liking a route.
-    """
-    if not o.balance:
-        return interest.choose(items, o.prompts, key, rng)
-    by = {}
-    for x in items:
-        by.setdefault(label(x), []).append(x)
-    chosen = [x for name, count in quotas(o, by, rng).items()
-              for x in interest.choose(by.get(name, []), count, key, rng)]
-    taken = set(map(id, chosen))
-    return chosen + interest.choose([x for x in items if id(x) not in taken], o.prompts - len(chosen), key, rng)
-
-
 class Offline:
     """The released recipe: step prompts with gold history from step files, nothing is retrieved."""
 
@@ -467,47 +304,6 @@ class Offline:
                 groups.append(Group(s.conversation(), ids, candidates, rewards, parts, gold_label(s), [s.answer]))
                 self.interest.learn(place[id(s)], groups[-1].solved)
         return groups, {"too_long": len(chosen) - len(groups), "reward_s": spent}
-
-
-def offline_rows(o):
-    """The rows of the step files, without those that --drop leaves out; says what was found."""
-    if not o.data:
-        raise ValueError("--data: name at least one step file")
-    rows = [row for name in o.data for row in read_steps(name)]
-    kept, counts = clean_rows(rows, o.drop)
-    found = ", ".join(f"{n} {name}" for name, n in counts.items())
-    tell(f"{len(rows)} rows: {found}; {len(kept)} are trained on")
-    return kept
-
-
-def gold_label(step):
-    """"answer", or the gold route of a routing step."""
-    return "answer" if step.kind == "ans" else gold_base(step.answer)
-
-
-def clean_rows(rows, drop):
-    """Count what is odd in published rows, and leave out what `drop` names.
-
-    no_picture: its file is missing (such a row cannot be asked as it was meant, it is always left out); repeats: a
-    sub-question comes twice; no_information: an intermediate gold says that there is none.
-    """
-    def faults(row):
-        queries = [s.answer["query"].strip().lower() for s in row if s.kind == "ret"]
-        asked = [query for query in queries if query != "none"]
-        return {"no_picture": any(not Path(i).is_file() for s in row for i in s.images),
-                "repeats": len(set(asked)) < len(asked),
-                "no_information": any(NO_INFORMATION.search(s.answer) for s in row if isinstance(s.answer, str))}
-    found = [faults(row) for row in rows]
-    kept = [row for row, f in zip(rows, found) if not any(f[name] for name in {*drop, "no_picture"})]
-    if not kept:
-        raise ValueError("no row is left to train on: every picture is missing (paths are relative to the step file)"
-                         + ", or --drop leaves all out" * bool(drop))
-    return kept, {name: sum(f[name] for f in found) for name in ("no_picture", "repeats", "no_information")}
-
-
-NO_INFORMATION = re.compile(r"\b(no|not|does not|doesn't|cannot|can't) (\w+ly )?(provide|contain|mention|"
-                            r"include|specify|state|specified|provided|mentioned|available|enough|sufficient|specific|"
-                            r"relevant|direct|be determined|information)", re.I)
 
 
 def score(o, asked, encoder):
@@ -808,25 +604,6 @@ def accumulate(o, model, reference, processor, groups):
             "ratio_min": min(ratios), "ratio_max": max(ratios)}
 
 
-def reward_metrics(groups):
-    """Means of the rewards and of their parts, the share of groups that the update leaves out, and by gold route X: the
-    share of right outputs (route:X), of X among all that routing steps ask for (asked:X), of the routing prompts
-    (prompts:X), and of the groups that are mixed (mixed:X)."""
-    parts = [p for g in groups for p in g.parts]
-    mean = lambda values: sum(values) / len(values) if values else None
-    named = {name: mean([getattr(p, name) for p in parts if getattr(p, name) is not None])
-             for name in ("form", "similarity", "route", "answer")}
-    out = {"reward": mean([p.total for p in parts]), **named, "flat_groups": mean([not g.teaches for g in groups])}
-    routing = [g for g in groups if g.label not in ("answer", "outcome")]
-    asked = [c.parsed.route.lower() for g in routing for c in g.candidates if isinstance(c.parsed, RouteStep)]
-    for label in sorted({g.label for g in routing}):
-        here, name = [g for g in routing if g.label == label], label.removesuffix(" retriever")
-        out |= {f"route:{name}": mean([p.route for g in here for p in g.parts]),
-                f"asked:{name}": asked.count(label) / max(1, len(asked)),
-                f"prompts:{name}": len(here) / len(routing), f"mixed:{name}": mean([g.mixed for g in here])}
-    return out
-
-
 def sample(o, source, step):
     """Groups for an update, with their advantages, and what was counted.
 
@@ -871,7 +648,7 @@ def grpo(o):
                         max_new_tokens=o.max_new_tokens, temperature=o.temperature, call_tokens=o.call_tokens)
     reference = reference_of(o, model)
     rows = practice_rows(world) if world else offline_rows(o)
-    run = Run(o, model, processor, prompts)
+    run = open_run(o, model, processor, prompts)
     source = {"offline": Offline, "online": Online, "outcome": Outcome}[o.mode](o, run, router, rows)
     for step in run.steps():
         clock = [run.now()]

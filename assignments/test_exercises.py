@@ -19,8 +19,9 @@ import infer
 import model
 import retrieve
 from oracles import deviation, hf_greedy, hf_logits, make_batch, make_config, make_model, save_checkpoint
+from parts.layers import rotate
+from parts.steps import RouteStep, StepError, parse_step, render_answer, render_route
 from retrieve import Hit, KnowledgeBase
-from steps import RouteStep, StepError, parse_step, render_answer, render_route
 
 torch.set_num_threads(1)
 INF = math.inf
@@ -55,7 +56,7 @@ def test_scores_depend_on_distances_only():
     q, k = torch.randn(2, 8, generator=g)
 
     def score(at_q, at_k):
-        turned = [model.rotate(x, *model.Decoder.angles(HAND, torch.tensor(at).view(3, 1, 1)))
+        turned = [rotate(x, *model.Decoder.angles(HAND, torch.tensor(at).view(3, 1, 1)))
                   for x, at in ((q, at_q), (k, at_k))]
         return float((turned[0] * turned[1]).sum())
     here = score([3, 10, 8], [1, 2, 5])

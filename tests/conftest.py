@@ -1,4 +1,5 @@
 """Puts the project root on the path, keeps torch on one thread, and says where the golden data lies."""
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT.parent / "shared" / "golden"
 sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = str(ROOT)          # for `python -m lab.world` from any folder
 torch.set_num_threads(1)                      # the tests are many small things: a second thread only waits
 
 

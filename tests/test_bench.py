@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-import bench
 from conftest import ROOT
 from grpo import grpo_loss
+from lab import bench
 
 PROMISED = {  # part: what its table must speak of, and how many of its lines have a ratio to a peer
     "model": ({"tiny forward", "tiny prefill", "tiny training step"}, 3),
@@ -50,7 +50,7 @@ def test_a_part_at_toy_scale(part, capsys):
 def test_the_model_part_needs_torch_and_transformers_only():
     """As a program, where neither hnswlib nor the files above model.py can be imported."""
     blocked = ("hnswlib", "faiss", "retrieve", "infer", "grpo", "train")
-    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import bench; bench.main(['model', '--quick'])"
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); from lab import bench; bench.main(['model', '--quick'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     check(done.stdout, "model", *PROMISED["model"])

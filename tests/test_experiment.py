@@ -8,13 +8,13 @@ import time
 
 import pytest
 
-import experiment
 from conftest import ROOT
-from experiment import Job, Scale
+from lab import experiment
+from lab.experiment import Job, Scale
 
 
 def test_the_whole_plan_runs_at_toy_scale_and_finished_jobs_are_not_run_again(tmp_path):
-    command = [sys.executable, str(ROOT / "experiment.py"), "--quick", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "lab.experiment", "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     jobs = experiment.plan(experiment.QUICK)
@@ -36,7 +36,7 @@ def test_the_whole_plan_runs_at_toy_scale_and_finished_jobs_are_not_run_again(tm
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_plan_and_the_runs_that_it_started(tmp_path, number, code):
-    command = [sys.executable, str(ROOT / "experiment.py"), "--quick", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "lab.experiment", "--quick", "--out", str(tmp_path)]
     plan = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert "jobs" in plan.stdout.readline()
     time.sleep(1)                                               # two runs have begun

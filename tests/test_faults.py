@@ -30,12 +30,19 @@ from tokenizers import Tokenizer
 
 import infer
 import model
-import report
 import retrieve
 import train
-import world as world_script
-from run import LOGS
 from conftest import ROOT
+from lab import report, world as world_script
+from parts.chat import Processor
+from parts.corpora import read_docs
+from parts.lora import add_lora, save_adapter
+from parts.questions import COSTS, embedded_world
+from parts.stepfiles import read_steps
+from parts.store import text_sum
+from plumbing.old import checksum
+from plumbing.run import LOGS, Run
+from retrieve import world_bases
 
 SCRIPTS = {"infer": infer, "train": train, "retrieve": retrieve, "world": world_script, "report": report}
 CASES = {}
@@ -53,12 +60,12 @@ def home(tmp_path_factory):
     """A small world with its bases, a random model that fits it, and an adapter of that model."""
     out = tmp_path_factory.mktemp("faults")
     words = ["--countries", 12, "--questions", 13, "--out", out / "w", "--shell", out / "m", "--shape", 16, 1, 2, 1, 16]
-    subprocess.run([sys.executable, str(ROOT / "world.py"), *map(str, words)], check=True, capture_output=True)
-    infer.world_bases(out / "w")
+    subprocess.run([sys.executable, "-m", "lab.world", *map(str, words)], check=True, capture_output=True)
+    world_bases(out / "w")
     vlm = model.VLM.from_config(out / "m", seed=1)
     vlm.save_pretrained(out / "m")
-    model.add_lora(vlm, 2, 4)
-    model.save_adapter(vlm, out / "adapter")
+    add_lora(vlm, 2, 4)
+    save_adapter(vlm, out / "adapter")
     return out
 
 
@@ -586,7 +593,7 @@ for name, row, said in (
         ("a list as answer", {"question": "?", "answer": "x", "llm_answer": [1]}, "no llm_answer"),
         ("costs that are none", {"answer": "x", "llm_answer": "y", "cost": [1]}, "not those of a result row"),
         ("costs beyond floating point",
-         {"answer": "x", "llm_answer": "y", "cost": dict.fromkeys(infer.COSTS, 10 ** 400)}, "r.jsonl:1"),
+         {"answer": "x", "llm_answer": "y", "cost": dict.fromkeys(COSTS, 10 ** 400)}, "r.jsonl:1"),
         ("plans that are none",
          {"answer": "x", "llm_answer": "y", "method": "router", "plan_1": 3, "hops": []}, "r.jsonl:1")):
     case(f"result rows: {name}")(lambda b, row=row, said=said: (["infer", "--score", b.file("r.jsonl", row)], said))
@@ -747,7 +754,7 @@ def forged(b, change, words=None):
     manifest = json.loads((b.dir / "kb" / "manifest.json").read_text())
     del manifest["sha256"]
     change(manifest)
-    b.file("kb/manifest.json", {**manifest, "sha256": retrieve.text_sum(manifest)})
+    b.file("kb/manifest.json", {**manifest, "sha256": text_sum(manifest)})
     return words
 
 
@@ -767,7 +774,7 @@ def other_graph(b, dim, rows):
     graph = retrieve.Graph.empty(dim, rows, retrieve.IndexOptions())
     graph.add(np.eye(rows, dim, dtype=np.float32))
     graph.save(file)
-    forged(b, lambda m: m["shards"][0]["files"].update({file.name: retrieve.checksum(file)}), words)
+    forged(b, lambda m: m["shards"][0]["files"].update({file.name: checksum(file)}), words)
     return words
 
 
@@ -777,11 +784,11 @@ case("index: a forged graph of fewer rows")(lambda b: (other_graph(b, 512, 3), "
 @case("index: forged vectors of another shape")
 def _(b):
     corpus = b.file("d.jsonl", {"id": "1", "text": "a word"})
-    retrieve.KnowledgeBase.build(retrieve.read_docs(corpus), "lexical", index="flat").save(b.dir / "kb")
+    retrieve.KnowledgeBase.build(read_docs(corpus), "lexical", index="flat").save(b.dir / "kb")
     file = b.dir / "kb" / "00000.npy"
     np.save(file, np.zeros((1, 7), np.float16))
     words = ["retrieve", "search", b.dir / "kb", "word"]
-    forged(b, lambda m: m["shards"][0]["files"].update({file.name: retrieve.checksum(file)}), words)
+    forged(b, lambda m: m["shards"][0]["files"].update({file.name: checksum(file)}), words)
     return words, "00000.npy: vectors of shape (7,), expected dimension"
 
 
@@ -1222,7 +1229,7 @@ def test_a_line_that_a_full_disk_tore_is_no_obstacle(home, tmp_path, capsys):
 def test_a_step_file_may_hold_signs_that_python_takes_for_the_end_of_a_line(tmp_path):
     row = json.dumps(step_row(problem="a\u2028b\x85c"), ensure_ascii=False)
     (tmp_path / "s.jsonl").write_text(row + "\n" + row + "\n", encoding="utf-8")
-    assert [[s.problem for s in steps] for steps in train.read_steps(tmp_path / "s.jsonl")] == [["a\u2028b\x85c"]] * 2
+    assert [[s.problem for s in steps] for steps in read_steps(tmp_path / "s.jsonl")] == [["a\u2028b\x85c"]] * 2
 
 
 WRITERS = {"a run": (lambda b: b.sft("--threads", 1), "out/lock"),
@@ -1253,29 +1260,31 @@ def test_the_lock_of_a_run_is_held_to_its_end(home, tmp_path, capsys, monkeypatc
     """From its first update on a run cannot be joined by another."""
     b, seen = Bad(home, tmp_path), []
 
-    def update(run, step, original=train.Run.update):
+    def update(run, step, original=Run.update):
         if not seen:
             seen.append(subprocess.run([sys.executable, ROOT / "train.py", *map(str, b.sft()[1:])], capture_output=True,
                                        text=True))
         return original(run, step)
 
-    monkeypatch.setattr(train.Run, "update", update)
+    monkeypatch.setattr(Run, "update", update)
     assert call(b.sft(), capsys)[0] == 0
     assert seen[0].returncode == 2 and "another process writes there" in seen[0].stderr and seen[0].stdout == ""
 
 
 def test_processes_that_need_the_embedded_world_at_once_write_it_once(tmp_path, monkeypatch):
     """Each of six finds it whole. Threads stand for processes: each opens the lock anew."""
-    (tmp_path / "world.py").write_text("""import os, sys, time
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "__init__.py").touch()
+    (tmp_path / "lab" / "world.py").write_text("""import os, sys, time
 out = sys.argv[sys.argv.index("--out") + 1]
 os.makedirs(out, exist_ok=True)
 open(out + "/calls", "a").write("x")
 time.sleep(0.3)
 open(out + "/questions.jsonl", "w").write("whole")
 """)
-    monkeypatch.setattr(infer, "HERE", tmp_path)
+    monkeypatch.setattr("parts.questions.HERE", tmp_path)
     found = []
-    ask = lambda: found.append((infer.embedded_world("demo", "test", 0, 1) / "questions.jsonl").read_text())
+    ask = lambda: found.append((embedded_world("demo", "test", 0, 1) / "questions.jsonl").read_text())
     askers = [threading.Thread(target=ask) for _ in range(6)]
     for asker in askers:
         asker.start()
@@ -1347,11 +1356,11 @@ def test_a_screen_that_is_gone_ends_no_run(home, tmp_path):
 @pytest.mark.parametrize("started", ["plainly", "by nohup"])
 def test_a_terminal_that_closes_stops_a_run_with_a_checkpoint(home, tmp_path, capsys, monkeypatch, started):
     """SIGHUP after the first update. nohup has it ignored, and so it stays."""
-    def update(run, step, original=train.Run.update):
+    def update(run, step, original=Run.update):
         os.kill(os.getpid(), signal.SIGHUP)
         return original(run, step)
 
-    monkeypatch.setattr(train.Run, "update", update)
+    monkeypatch.setattr(Run, "update", update)
     b, before = Bad(home, tmp_path), signal.getsignal(signal.SIGHUP)
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN if started == "by nohup" else signal.SIG_DFL)
@@ -1370,7 +1379,7 @@ def test_a_tokenizer_file_cannot_have_prompts_cut(home, tmp_path):
     tokenizer.enable_padding(length=99)
     tokenizer.save(str(path / "tokenizer.json"))
     assert len(tokenizer.encode("What").ids) == 99                                  # else this would show nothing
-    ids = [model.Processor.from_pretrained(p).encode("What is the capital of Bakdol?") for p in (path, home / "m")]
+    ids = [Processor.from_pretrained(p).encode("What is the capital of Bakdol?") for p in (path, home / "m")]
     assert ids[0] == ids[1] and len(ids[0]) > 4
 
 
@@ -1380,7 +1389,7 @@ def test_a_line_without_end_is_not_read_to_its_end(tmp_path):
         file.truncate(300_000_000)
     tracemalloc.start()
     with pytest.raises(ValueError, match="d.jsonl:1: a row of more than 4000000 characters"):
-        list(retrieve.read_docs(tmp_path / "d.jsonl"))
+        list(read_docs(tmp_path / "d.jsonl"))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 50e6
@@ -1424,7 +1433,7 @@ def runs_code(source):
 
 
 @pytest.mark.parametrize("script", sorted(str(path.relative_to(ROOT)) for path in
-                                          (*ROOT.glob("*.py"), *ROOT.glob("assignments/*.py"))))
+                                          (*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py"))))
 def test_no_script_unpickles_or_evaluates_what_it_reads(script):
     assert runs_code((ROOT / script).read_text(encoding="utf-8")) == []
 

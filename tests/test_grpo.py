@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from grpo import (Reward, RewardOptions, answer_reward, group_advantages, grpo_loss, read_route, similarity_table,
-                  step_reward)
+from grpo import (Reward, RewardOptions, answer_reward, group_advantages, grpo_loss, read_route,
+                  similarity_table, step_reward)
 
 RET = {"step_type": "ret", "answer": {"query": "what city is this?", "retriever": ["text image retriever"]}}
 STOP = {"step_type": "ret", "answer": {"query": "none", "retriever": ["none"]}}

@@ -22,16 +22,24 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import infer
-import score
-import train
-from infer import Router, evaluate, main
-from model import VLM, Processor
-from retrieve import KnowledgeBase, read_docs
-from score import answer_scores, exact_match
-from steps import (_ANSWER_TAGS, _ROUTE_TAGS, AnswerStep, RouteStep, StepError, answer_problem, final_problem,
-                   parse_step, render_answer, render_route, route_problem)
+from infer import Router, main
+from model import VLM
+from parts import score, steps as parts_steps
+from parts.chat import Processor
+from parts.corpora import read_docs
+from parts.evaluate import earlier_rows, evaluate, means, print_table, score_row, write_table
+from parts.questions import COSTS, HERE, golds_of, load_questions, plans_of, result_row
+from parts.score import answer_scores, exact_match
+from parts.show import CHAT_HELP, Chat, print_trace, thumbnail
+from parts.stepfiles import (demonstrations, load_prompts, load_steps, read_steps, step_output,
+                             write_steps)
+from parts.steps import (BASES, PREFIX, ROUTES, _ANSWER_TAGS, _ROUTE_TAGS, AnswerStep, RouteStep,
+                         StepError, answer_problem, final_problem, parse_step, render_answer,
+                         render_route, route_problem)
+from plumbing.old import appending, write_whole
+from retrieve import KnowledgeBase, world_bases
 
-ROOT = infer.HERE
+ROOT = HERE
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,7 +67,7 @@ def rebuilt(steps, image):
             quoted = step["problem"].split("from table retriever:", 1)[1].rsplit("\n\n\n Give me the answer(", 1)[0]
             pieces = re.split(r"(?:^|\n)(ter|tir|tar)-\d+: ", quoted)[1:]  # label, passage, label, passage, ...
             evidence = {base: [passage for label, passage in zip(pieces[::2], pieces[1::2]) if label == prefix]
-                        for base, prefix in infer.PREFIX.items()}
+                        for base, prefix in PREFIX.items()}
             yield answer_problem(query, evidence, image)
             history.append((query, step["answer"]))
 
@@ -79,7 +87,7 @@ def test_renderers_rebuild_the_worlds_problems(world):
 
 
 def test_prompts_come_from_a_published_step_file(golden):
-    prompts = infer.load_prompts(golden / "stepgrpo_steps.jsonl")
+    prompts = load_prompts(golden / "stepgrpo_steps.jsonl")
     steps = json.loads((golden / "stepgrpo_steps.jsonl").open(encoding="utf-8").readline())["steps"]
     assert prompts == {"route": steps[0]["system"], "answer": steps[1]["system"], "final": steps[-1]["system"]}
     assert len(set(prompts.values())) == 3
@@ -88,7 +96,7 @@ def test_prompts_come_from_a_published_step_file(golden):
 plain = st.text(alphabet=st.characters(exclude_characters="<>"), min_size=1).map(str.strip).filter(bool)
 
 
-@given(plain, plain.filter(lambda text: text.lower() != "none"), st.sampled_from(sorted(infer.ROUTES.values())))
+@given(plain, plain.filter(lambda text: text.lower() != "none"), st.sampled_from(sorted(ROUTES.values())))
 def test_what_is_rendered_is_read_back(thought, query, route):
     assert parse_step(render_route(thought, query, route)) == RouteStep(thought, query, route)
     assert parse_step(render_answer(thought, query)) == AnswerStep(thought, query)
@@ -351,7 +359,7 @@ def test_a_malformed_routing_step_ends_the_routing(bases):
     assert [step.kind for step in trajectory.steps] == ["route", "final"]
     assert (trajectory.answer, trajectory.malformed, trajectory.retrievals) == ("guess", 1, 0)
     assert trajectory.steps[0].parsed == StepError("no tags", "I would search.")
-    plan = infer.result_row(trajectory)["plan_1"]
+    plan = result_row(trajectory)["plan_1"]
     assert plan == {"fault": "no tags", "text": "I would search.", "query": "None", "retriever": ["None"]}
 
 
@@ -483,7 +491,7 @@ def test_methods_ask_what_they_should(bases, tmp_path):
         return trajectory, [step.conversation for step in trajectory.steps]
 
     def talk(system, problem):
-        return infer.conversation(system, problem, row["image"])
+        return parts_steps.conversation(system, problem, row["image"])
     top = {base: [hit.text for hit in kb.search([row["question"]], 1)[0]] for base, kb in bases.items()}
     top["image"] = ["flag of Kasten."]
     assert run("direct")[1] == [talk("F", final_problem(row["question"], [], True))]
@@ -493,7 +501,7 @@ def test_methods_ask_what_they_should(bases, tmp_path):
     trajectory, talks = run("text", k=2)
     assert len(trajectory.steps[0].evidence["text"]) == 2 and trajectory.retrievals == 1
     assert talks[0][0]["content"] == "A"
-    for base in infer.BASES:
+    for base in BASES:
         trajectory, talks = run(base, k=1)
         assert list(trajectory.steps[0].evidence) == [base] and trajectory.retrievals == 1
         assert talks == [talk("A", answer_problem(row["question"], {base: top[base]}, True))]
@@ -523,7 +531,7 @@ def test_iterative_finds_with_the_draft_what_the_question_alone_does_not(bases):
     assert second.evidence["text"][0].text == "Ortal has mayor Vesna."
     assert trajectory.answer == "Vesna" and {len(hits) for hits in second.evidence.values()} == {1}
     assert second.query == "Who leads Kasten? mayor of Ortal, the mayor Ortal"
-    plans = infer.plans_of(infer.result_row(trajectory))
+    plans = plans_of(result_row(trajectory))
     assert [plan["query"] for plan in plans] == ["Who leads Kasten?", second.query]
     assert plans[0]["answer"]["answer"] == "Ortal" and plans[1]["ter"] == ["Ortal has mayor Vesna."]
 
@@ -541,12 +549,12 @@ def test_fewshot_is_the_router_with_demonstrations(bases, golden):
         assert step.conversation[0]["content"].count("Example:") >= 3
     # our own demonstrations and published ones: problems that follow from each other, replies that are steps
     published = [json.loads(line) for line in (golden / "stepgrpo_steps.jsonl").open(encoding="utf-8")]
-    shown = infer.load_steps(golden / "stepgrpo_steps.jsonl", 2)
+    shown = load_steps(golden / "stepgrpo_steps.jsonl", 2)
     assert shown == [row["steps"] for row in published[:2]]
-    for steps in (*infer.demonstrations(), *shown):
+    for steps in (*demonstrations(), *shown):
         assert list(rebuilt(steps, "<image>" in steps[0]["problem"])) == [step["problem"] for step in steps]
         for step in steps:
-            parsed, answer = parse_step(infer.step_output(step)), step["answer"]
+            parsed, answer = parse_step(step_output(step)), step["answer"]
             if step["step_type"] == "ret":
                 query = "None" if answer["retriever"] == ["none"] else answer["query"].strip()
                 assert (parsed.query, [parsed.route.lower()]) == (query, answer["retriever"])
@@ -554,7 +562,7 @@ def test_fewshot_is_the_router_with_demonstrations(bases, golden):
                 assert parsed.answer == (answer[0] if isinstance(answer, list) else answer).strip()
     router = scripted(bases, reply, method="fewshot", shown=shown)[1]
     final = shown[0][-1]
-    assert f"\n\nExample:\n{final['problem']}\nReply:\n{infer.step_output(final)}" in router.prompts["fewshot final"]
+    assert f"\n\nExample:\n{final['problem']}\nReply:\n{step_output(final)}" in router.prompts["fewshot final"]
 
 
 # -------------------------------------------------------------------------------------------------- a world, end to end
@@ -563,7 +571,7 @@ def test_fewshot_is_the_router_with_demonstrations(bases, golden):
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     flags = ["--split", "val", "--seed", "3", "--questions", "39", "--countries", "60", "--out", str(folder)]
-    subprocess.run([sys.executable, str(ROOT / "world.py"), *flags], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "lab.world", *flags], check=True, capture_output=True)
     return folder
 
 
@@ -593,10 +601,10 @@ def gold_replies(rows):
 
 
 def test_a_model_that_routes_by_gold_scores_full_marks(world):
-    rows, faults = infer.load_questions(world / "questions.jsonl")
+    rows, faults = load_questions(world / "questions.jsonl")
     assert len(rows) == 39 and not faults
     reply = gold_replies(rows)
-    bases = infer.world_bases(world)
+    bases = world_bases(world)
     result = evaluate(scripted(bases, reply, batch_size=16)[1].run(rows))
     assert result["f1_recall"] == result["em"] == result["f1"] == 1.0 and result["route_accuracy"] == 1.0
     assert result["retrievals"] == result["gold_retrievals"] > 1 and result["malformed"] == 0
@@ -604,44 +612,44 @@ def test_a_model_that_routes_by_gold_scores_full_marks(world):
     # the bases are built once, and again when the corpus is another one, however old it says it is
     made = world / "kb" / "text" / "manifest.json"
     before = made.stat().st_mtime_ns
-    infer.world_bases(world, ["text"])
+    world_bases(world, ["text"])
     assert made.stat().st_mtime_ns == before
     (world / "text.jsonl").touch()
-    infer.world_bases(world, ["text"])
+    world_bases(world, ["text"])
     assert made.stat().st_mtime_ns == before
     corpus = (world / "text.jsonl").read_text()
     for text in (corpus + '{"id": "new", "text": "Something else."}\n', corpus):
         (world / "text.jsonl").write_text(text)
         os.utime(world / "text.jsonl", (0, 0))
-        assert len(infer.world_bases(world, ["text"])["text"]) == text.count("\n")
+        assert len(world_bases(world, ["text"])["text"]) == text.count("\n")
 
 
 @pytest.mark.parametrize("hops", [3, 4])
 def test_deeper_worlds_are_reported_by_their_depth(hops, tmp_path):
     flags = ["--split", "test", "--seed", "1", "--questions", "12", "--countries", "40", "--hops", str(hops)]
     flags += ["--out", str(tmp_path)]
-    subprocess.run([sys.executable, str(ROOT / "world.py"), *flags], check=True, capture_output=True)
-    rows, _ = infer.load_questions(tmp_path / "questions.jsonl")
-    result = evaluate(scripted(infer.world_bases(tmp_path), gold_replies(rows), max_steps=6)[1].run(rows))
+    subprocess.run([sys.executable, "-m", "lab.world", *flags], check=True, capture_output=True)
+    rows, _ = load_questions(tmp_path / "questions.jsonl")
+    result = evaluate(scripted(world_bases(tmp_path), gold_replies(rows), max_steps=6)[1].run(rows))
     assert result["by_hops"] == {str(hops): 1.0} and result["gold_retrievals"] == result["retrievals"] == hops
     assert result["route_accuracy"] == 1.0
-    shallow = evaluate(scripted(infer.world_bases(tmp_path), gold_replies(rows), max_steps=2)[1].run(rows))
+    shallow = evaluate(scripted(world_bases(tmp_path), gold_replies(rows), max_steps=2)[1].run(rows))
     assert shallow["by_hops"] == {str(hops): 0.0} and shallow["retrievals"] == 2
 
 
 def test_steps_that_are_written_are_those_that_were_asked(world, tmp_path):
     """Through the file and back by the reader of training: problems, system prompts, pictures and outputs."""
-    rows, _ = infer.load_questions(world / "questions.jsonl")
-    _, router = scripted(infer.world_bases(world), gold_replies(rows))
+    rows, _ = load_questions(world / "questions.jsonl")
+    _, router = scripted(world_bases(world), gold_replies(rows))
     done = router.run(rows)
-    spoilt = [infer.result_row(trajectory) for trajectory in done]
+    spoilt = [result_row(trajectory) for trajectory in done]
     spoilt[3]["llm_answer"]["answer"] = "wrong"
     spoilt[5]["cost"]["malformed"] = 1
     file = tmp_path / "deep" / "steps.jsonl"
     for keep, left in (("all", {5}), ("correct", {3, 5})):
-        assert infer.write_steps(file, spoilt, router.prompts, keep) == len(rows) - len(left)
+        assert write_steps(file, spoilt, router.prompts, keep) == len(rows) - len(left)
         kept = [trajectory for i, trajectory in enumerate(done) if i not in left]
-        for steps, trajectory in zip(train.read_steps(file), kept, strict=True):
+        for steps, trajectory in zip(read_steps(file), kept, strict=True):
             for step, asked in zip(steps, trajectory.steps, strict=True):
                 talk = step.conversation()
                 if trajectory.row["image"]:
@@ -654,7 +662,7 @@ def test_steps_that_are_written_are_those_that_were_asked(world, tmp_path):
             assert [step.final for step in steps] == [False] * (len(steps) - 1) + [True]
     before = file.read_bytes()
     with pytest.raises(ValueError, match="none of 1 trajectories"):
-        infer.write_steps(file, spoilt[3:4], router.prompts, "correct")
+        write_steps(file, spoilt[3:4], router.prompts, "correct")
     assert file.read_bytes() == before and set(os.listdir(file.parent)) == {"steps.jsonl", "steps-pictures"}
 
 
@@ -662,13 +670,13 @@ def test_steps_of_the_shipped_model_have_the_same_prompt_ids(world, tmp_path):
     path = ROOT / "weights" / "tiny"
     if not any(path.glob("*.safetensors")):
         pytest.skip("no weights/tiny: make weights makes it")
-    rows, _ = infer.load_questions(world / "questions.jsonl", limit=8)
-    processor, prompts = Processor.from_pretrained(path), infer.load_prompts(path / "prompts.json")
-    router = Router(VLM.from_pretrained(path), processor, infer.world_bases(world), prompts=prompts)
+    rows, _ = load_questions(world / "questions.jsonl", limit=8)
+    processor, prompts = Processor.from_pretrained(path), load_prompts(path / "prompts.json")
+    router = Router(VLM.from_pretrained(path), processor, world_bases(world), prompts=prompts)
     done = [trajectory for trajectory in router.run(rows) if not trajectory.malformed]
-    infer.write_steps(tmp_path / "s.jsonl", [infer.result_row(t) for t in done], router.prompts, "all")
+    write_steps(tmp_path / "s.jsonl", [result_row(t) for t in done], router.prompts, "all")
     asked = [list(step.prompt_ids) for trajectory in done for step in trajectory.steps]
-    read = [step for steps in train.read_steps(tmp_path / "s.jsonl") for step in steps]
+    read = [step for steps in read_steps(tmp_path / "s.jsonl") for step in steps]
     assert [processor.prompt(step.conversation())[0] for step in read] == asked and len(asked) > 20
     said = [step.candidates[0].text for trajectory in done for step in trajectory.steps]
     assert [step.target() for step in read] == said
@@ -681,15 +689,15 @@ def test_intervals_are_those_of_the_binomial_distribution():
 
     def scores(right):
         rows = [{"question": "q", "answer": "x", "llm_answer": "x" if i < right else "y"} for i in range(100)]
-        return [infer.score_row(row | routed if i < 20 else row) for i, row in enumerate(rows)]
+        return [score_row(row | routed if i < 20 else row) for i, row in enumerate(rows)]
     for right, low, high in ((50, 0.40, 0.60), (10, 0.05, 0.16)):
-        result = score.means(scores(right))
+        result = means(scores(right))
         assert result["ci"]["em"] == pytest.approx([low, high], abs=0.011) and result["em"] == right / 100
-        assert result == score.means(scores(right))
+        assert result == means(scores(right))
         # of the rows that know it, all are routed right; nobody knows the costs
         assert result["route_accuracy"] == 1.0 and result["ci"]["route_accuracy"] == [1.0, 1.0]
         assert result["seconds"] is None and result["ci"]["seconds"] is None
-    assert score.means(scores(1)[:1])["ci"]["f1_recall"] == [1.0, 1.0]
+    assert means(scores(1)[:1])["ci"]["f1_recall"] == [1.0, 1.0]
 
 
 def test_evaluation_by_hand():
@@ -723,7 +731,7 @@ def test_evaluation_by_hand():
 def tiny(tmp_path_factory):
     """A random model in the shape of the tiny one: what it says is noise, what it is asked is real."""
     folder = tmp_path_factory.mktemp("tiny")
-    subprocess.run([sys.executable, str(ROOT / "world.py"), "--shell", str(folder)], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "lab.world", "--shell", str(folder)], check=True, capture_output=True)
     VLM.from_config(folder, seed=0).save_pretrained(folder)
     (folder / "prompts.json").write_text('{"route": "plan", "answer": "read", "final": "answer"}')
     return folder
@@ -738,9 +746,9 @@ def cli(capsys, *argv):
 
 
 def test_batched_and_alone_are_the_same_with_the_real_model(tiny, world):
-    rows, _ = infer.load_questions(world / "questions.jsonl", limit=5)
-    vlm, processor, bases = VLM.from_pretrained(tiny), Processor.from_pretrained(tiny), infer.world_bases(world)
-    options = dict(method="oracle", max_new_tokens=8, prompts=infer.load_prompts(tiny / "prompts.json"))
+    rows, _ = load_questions(world / "questions.jsonl", limit=5)
+    vlm, processor, bases = VLM.from_pretrained(tiny), Processor.from_pretrained(tiny), world_bases(world)
+    options = dict(method="oracle", max_new_tokens=8, prompts=load_prompts(tiny / "prompts.json"))
     together = Router(vlm, processor, bases, **options).run(rows)
     for row, trajectory in zip(rows, together):
         [alone] = Router(vlm, processor, bases, **options).run([row])
@@ -803,7 +811,7 @@ def test_evaluation_of_a_world_continues_and_scores_the_same(tiny, world, tmp_pa
                 for end in ("low", "high")}
         flat = {name: value for name, value in (row | ends).items() if name != "ci"}
         assert cells == {name: "" if value is None else str(value) for name, value in flat.items()}
-    score.write_table(tmp_path / "t.csv", [{**table[0], "group": "=HYPERLINK(1)"}], "csv")   # to be read, not to be run
+    write_table(tmp_path / "t.csv", [{**table[0], "group": "=HYPERLINK(1)"}], "csv")   # to be read, not to be run
     assert next(csv.DictReader((tmp_path / "t.csv").open()))["group"] == "'=HYPERLINK(1)"
     code, _, err = cli(capsys, *flags, "-k", 1)
     assert code == 2 and len(err) == 1 and "name another --out" in err[0]
@@ -898,7 +906,7 @@ def test_scoring_the_rows_of_others(tmp_path, capsys):
 
 def test_published_question_files_are_read_as_they_are(golden, tmp_path):
     for name in ("2wikimultihopqa_val", "openwikitqa_val", "tabfact_val"):
-        rows, faults = infer.load_questions(golden / f"questions_{name}.jsonl")
+        rows, faults = load_questions(golden / f"questions_{name}.jsonl")
         assert len(rows) == 60 and not faults and all(row["image"] is None for row in rows)
     for name in ("DynVQA_en.202412", "infoseek_val", "webqa_val"):
         file = golden / f"questions_{name}.jsonl"
@@ -906,12 +914,12 @@ def test_published_question_files_are_read_as_they_are(golden, tmp_path):
         for image_id in ids[1:]:
             Image.new("RGB", (8, 8)).save(tmp_path / f"{image_id}.jpg")
         (tmp_path / f"{ids[0]}.jpg").unlink(missing_ok=True)
-        rows, faults = infer.load_questions(file, images=tmp_path)
+        rows, faults = load_questions(file, images=tmp_path)
         assert len(rows) + len(faults) == 60 and len(faults) == ids.count(ids[0]) and f"{file.name}:1: " in faults[0]
         assert {rows[0]["image"]} <= {str(tmp_path / f"{i}.jpg") for i in ids}
-        assert all(infer.golds_of(row) for row in rows)
+        assert all(golds_of(row) for row in rows)
         with pytest.raises(ValueError, match="--images DIR"):
-            infer.load_questions(file)
+            load_questions(file)
 
 
 def test_the_six_published_sets_in_one_run(golden, tiny, tmp_path, capsys):
@@ -944,9 +952,9 @@ def chat(capsys, monkeypatch, make_router, *lines, method="router"):
     """What a chat prints when it is given these lines: stdout and stderr."""
     capsys.readouterr()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
-    infer.Chat(make_router, method, None, False).run()
+    Chat(make_router, method, None, False).run()
     out, err = capsys.readouterr()
-    return out.removeprefix(infer.CHAT_HELP + "\n").splitlines(), err.splitlines()
+    return out.removeprefix(CHAT_HELP + "\n").splitlines(), err.splitlines()
 
 
 def test_a_follow_up_sees_the_question_before(bases, tmp_path, capsys, monkeypatch):
@@ -1025,7 +1033,7 @@ def test_colour_only_where_a_terminal_has_it(monkeypatch, capsys):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        infer.print_trace(row)
+        print_trace(row)
         return capsys.readouterr().out
     assert "\x1b[32mright\x1b[0m" in shown(True)
     for plain_one in (shown(False), shown(True, NO_COLOR="1"), shown(True, TERM="dumb")):
@@ -1035,7 +1043,7 @@ def test_colour_only_where_a_terminal_has_it(monkeypatch, capsys):
 def test_a_picture_is_drawn_with_half_blocks():
     image = Image.new("RGB", (40, 40), (255, 0, 0))
     image.paste((0, 0, 255), (0, 20, 40, 40))
-    lines = list(infer.thumbnail(image, size=4))
+    lines = list(thumbnail(image, size=4))
     assert len(lines) == 2 and lines[0].count("▀") == 4
     assert "38;2;255;0;0;48;2;255;0;0m" in lines[0] and "38;2;0;0;255;48;2;0;0;255m" in lines[1]
 
@@ -1066,7 +1074,7 @@ def test_a_picture_is_drawn_with_half_blocks():
     (["--speed", "9"], "unrecognized arguments: --speed 9"),
 ])
 def test_mistakes_get_one_line_and_exit_code_2(tiny, world, tmp_path, capsys, flags, message):
-    infer.world_bases(world)
+    world_bases(world)
     (tmp_path / "text.png").write_text("not a picture")
     (tmp_path / "bad.jsonl").write_text("{oops\n")
     (tmp_path / "other.json").write_text('{"greeting": "hello"}')
@@ -1112,7 +1120,7 @@ def test_what_an_earlier_run_left_in_a_question_row_is_dropped(tiny, world, tmp_
     stale = {"plan_1": {"query": "old"}, "plan_9": 3, "llm_answer": "old", "cost": {}, "method": 7, "run": "old",
              "former": [["old", "old"]], "id": "a", "plan": "stays"}
     file = questions_at(tmp_path / "q.jsonl", stale)
-    [row], faults = infer.load_questions(file)
+    [row], faults = load_questions(file)
     assert not faults and set(row) == {"question", "answer", "id", "plan", "image", "set", "line"}
     flags = ["--model", tiny, "--world", world, "--eval", file, "--method", "direct", "--max-new-tokens", 2]
     assert cli(capsys, *flags, "--out", tmp_path / "r.jsonl")[0] == 0
@@ -1126,7 +1134,7 @@ def test_rows_of_wrong_types_are_named_and_left_out(tiny, world, tmp_path, capsy
     code, lines, err = cli(capsys, *flags, "--show", 2)
     assert code == 0 and json.loads(lines[-1])["n"] == 2 and len(err) == 3
     assert ["kind" in line for line in err] == [True, True, False] and "gold answer []" in err[2]
-    cost = dict.fromkeys(infer.COSTS, 1)
+    cost = dict.fromkeys(COSTS, 1)
     routed = {"method": "router", "hops": [], "llm_answer": "x"}
     bad = [{"kind": [1]}, {"set": {}}, {"method": ["router"]}, {"llm_answer": "\ud800"}, {"question": "\udfff"},
            {"cost": cost | {"retrievals": 1e999}}, routed | {"plan_1": {"retriever": [None]}}, {"answer": []}]
@@ -1142,7 +1150,7 @@ def test_routes_of_others_count_in_any_case():
     row = {"question": "q", "answer": "x", "llm_answer": "x", "method": "router",
            "hops": [{"query": "q", "retriever": "text retriever", "answer": "x"}],
            "plan_1": {"retriever": ["text retriever"]}, "plan_2": {"retriever": [" none"]}}
-    assert score.score_row(row)["route_accuracy"] == 1.0
+    assert score_row(row)["route_accuracy"] == 1.0
 
 
 def test_the_same_questions_of_two_runs_are_not_pooled(tmp_path, capsys):
@@ -1163,7 +1171,7 @@ def test_a_third_of_the_passages_of_each_base():
 
 def test_nothing_is_left_of_a_file_that_cannot_be_written(tmp_path):
     with pytest.raises(UnicodeEncodeError):
-        score.write_whole(tmp_path / "f", "\ud800")
+        write_whole(tmp_path / "f", "\ud800")
     assert not list(tmp_path.iterdir())
 
 
@@ -1236,14 +1244,14 @@ def test_rows_of_other_settings_are_not_taken_from_out(tiny, world, tmp_path, ca
 
 
 def test_two_processes_do_not_write_one_file(tmp_path):
-    with infer.appending(tmp_path / "r.jsonl"):
+    with appending(tmp_path / "r.jsonl"):
         with pytest.raises(ValueError, match="another process writes there"):
-            with infer.appending(tmp_path / "r.jsonl"):
+            with appending(tmp_path / "r.jsonl"):
                 pass
 
 
 def test_steps_of_the_command_line(tiny, world, tmp_path, capsys, monkeypatch):
-    rows, _ = infer.load_questions(world / "questions.jsonl")
+    rows, _ = load_questions(world / "questions.jsonl")
     gold = gold_replies(rows)
 
     def reply(prompt, g):  # one answer of the 39 is a dump: all of the gold answer, and more
@@ -1298,17 +1306,17 @@ def test_a_first_row_that_was_torn_is_no_row(tmp_path):
         file.write_text(text)
         if kept:
             with pytest.raises(ValueError, match="name another --out"):
-                infer.earlier_rows(file, "x")
+                earlier_rows(file, "x")
         else:
-            assert infer.earlier_rows(file, "x") == []
+            assert earlier_rows(file, "x") == []
         assert file.read_text() == (text if kept else "")
 
 
 def test_a_question_or_passage_forges_no_line(bases, capsys):
     [trajectory] = scripted(bases, lambda prompt, g: render_answer("\x1b[2Jt", "a\n  gold      a"),
                             method="direct")[1].run([{"question": "Who?\n  answer    b\x07", "kind": "k\n\x1b"}])
-    infer.print_trace(infer.result_row(trajectory))
-    score.print_table([["a\nb", "1"], ["c\x1b", "2"]])
+    print_trace(result_row(trajectory))
+    print_table([["a\nb", "1"], ["c\x1b", "2"]])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Who? answer b\ufffd   [k \ufffd, direct]" and lines[2] == "  answer    a gold a"
     assert "\x1b" not in "".join(lines) and lines[-3:] == ["a b  1", "c\ufffd   2", ""]
@@ -1335,5 +1343,5 @@ def test_nobody_reads_on(tmp_path):
 
 def test_pictures_with_endings_in_capitals(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.JPG")
-    rows, faults = infer.load_questions(questions_at(tmp_path / "q.jsonl", {"image_id": "a"}), images=tmp_path)
+    rows, faults = load_questions(questions_at(tmp_path / "q.jsonl", {"image_id": "a"}), images=tmp_path)
     assert [row["image"] for row in rows] == [str(tmp_path / "a.JPG")] and not faults

@@ -10,13 +10,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import ROOT
-from encode import passage
-from infer import Candidate, Router, result_row, step_output, steps_of
-from model import Processor
+from infer import Candidate, Router
 from oracles import full_tokenizer
-from retrieve import Hit, flatten_table
-from steps import (BASES, IMAGE, PROMPTS, ROUTES, AnswerStep, RouteStep, StepError, answer_problem, conversation,
-                   final_problem, parse_step, render_answer, render_route, route_problem)
+from parts.chat import Processor
+from parts.corpora import flatten_table
+from parts.encoders import passage
+from parts.questions import result_row
+from parts.stepfiles import step_output, steps_of
+from parts.steps import (BASES, IMAGE, PROMPTS, ROUTES, AnswerStep, RouteStep, StepError,
+                         answer_problem, conversation, final_problem, parse_step, render_answer,
+                         render_route, route_problem)
+from retrieve import Hit
 
 # What an attacker would write: control tokens of the template, tags and whole steps of the step language, forged lines
 # of the prompts, and letters that lower() and IGNORECASE take for others.

@@ -28,6 +28,8 @@ from conftest import ROOT
 from oracles import (CONTROL, ENDOFTEXT, FIRST_CONTROL, IM_END, IM_START, IMAGE_PAD, LAYOUTS, TAGS, VISION_END,
                      VISION_START, deviation, full_tokenizer, hf_greedy, hf_inputs, hf_logits, make_batch, make_config,
                      make_model, new_keys, plain_tokenizer, rewrite, save_checkpoint, split_rows)
+from parts.chat import Processor
+from parts.lora import LoRALinear, add_lora, load_adapter, lora_disabled, merge_lora, save_adapter
 
 CLOSE = 1e-4  # of the largest logit
 
@@ -82,7 +84,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def processor(tiny):
-    return model.Processor.from_pretrained(tiny.path)
+    return Processor.from_pretrained(tiny.path)
 
 
 @pytest.fixture(scope="module")
@@ -628,7 +630,7 @@ def with_adapter(tiny, rank=4, alpha=12, targets=("q_proj", "v_proj", "down_proj
     """Our model with an adapter whose two factors are both random, as after training."""
     vlm = fresh(tiny)
     generator = seeded(0)
-    for weight in model.add_lora(vlm, rank=rank, alpha=alpha, targets=targets):
+    for weight in add_lora(vlm, rank=rank, alpha=alpha, targets=targets):
         weight.data.normal_(0, 0.1, generator=generator)
     return vlm
 
@@ -647,7 +649,7 @@ def peft_model(tiny, **options):
 
 def test_a_new_adapter_changes_nothing_and_trains_alone(tiny):
     vlm = fresh(tiny)
-    trainable = model.add_lora(vlm, rank=4, alpha=8, targets=("q_proj", "gate_proj"))
+    trainable = add_lora(vlm, rank=4, alpha=8, targets=("q_proj", "gate_proj"))
     assert torch.equal(our_logits(vlm, PICTURES), our_logits(tiny.vlm, PICTURES))
     names = {name for name, weight in vlm.named_parameters() if weight.requires_grad}
     assert names and all("lora_" in name for name in names) and len(names) == len(trainable)
@@ -661,13 +663,13 @@ def test_generation_with_an_adapter(tiny, tmp_path, targets, static):
     """Greedy tokens of peft's adapted network, and, disabled, of the base."""
     adapted, vlm = peft_model(tiny, target_modules=targets), fresh(tiny)
     adapted.save_pretrained(tmp_path / "adapter")
-    model.load_adapter(vlm, tmp_path / "adapter")
+    load_adapter(vlm, tmp_path / "adapter")
     batch = make_batch(tiny.config, BATCHES["padded, with and without pictures"], seed=2)
     expected, base = hf_greedy(adapted.merge_and_unload(), batch, 10), hf_greedy(tiny.hf, batch, 10)
     assert not torch.equal(expected, base)
     options = dict(n=2, max_new_tokens=10, static=static, **GREEDY)
     assert torch.equal(vlm.generate(**batch, **options).tokens, expected.repeat_interleave(2, 0))
-    with model.lora_disabled(vlm):
+    with lora_disabled(vlm):
         assert torch.equal(vlm.generate(**batch, **options).tokens, base.repeat_interleave(2, 0))
 
 
@@ -689,7 +691,7 @@ def test_lora_disabled_is_the_base(tiny):
     vlm, base = with_adapter(tiny), our_logits(tiny.vlm, PICTURES)
     adapted = our_logits(vlm, PICTURES)
     assert deviation(adapted, base) > 0.01
-    with pytest.raises(KeyError), model.lora_disabled(vlm):
+    with pytest.raises(KeyError), lora_disabled(vlm):
         assert torch.equal(our_logits(vlm, PICTURES), base)
         raise KeyError  # an error inside leaves the adapter on again
     assert torch.equal(our_logits(vlm, PICTURES), adapted)
@@ -705,9 +707,9 @@ def test_targets_by_path_are_those_of_peft(tiny, tmp_path, target):
     """Our paths and the published ones name one layer, and a short name may be that of other modules, too (a convolution,
     a whole layer); what we save and what peft saves goes to the other."""
     vlm = with_adapter(tiny, targets=(target,))
-    found = sum(isinstance(m, model.LoRALinear) for m in vlm.modules())
+    found = sum(isinstance(m, LoRALinear) for m in vlm.modules())
     assert found == (4 if target == "proj" else 1)
-    model.save_adapter(vlm, tmp_path / "ours")
+    save_adapter(vlm, tmp_path / "ours")
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny.path)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)           # peft warns about keys that it did not find
@@ -717,7 +719,7 @@ def test_targets_by_path_are_those_of_peft(tiny, tmp_path, target):
     adapted.save_pretrained(tmp_path / "theirs")
     for folder in ("ours", "theirs"):
         again = fresh(tiny)
-        model.load_adapter(again, tmp_path / folder)
+        load_adapter(again, tmp_path / folder)
         assert torch.equal(our_logits(again, PICTURES), our_logits(vlm, PICTURES))
 
 
@@ -725,25 +727,25 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(tiny, tmp_path):
     """Its rank is 4 in the file and 3 in the config. The right one is read afterwards."""
     right, wrong, vlm = with_adapter(tiny), tmp_path / "wrong", fresh(tiny)
     frozen = fresh(tiny).requires_grad_(False)
-    model.save_adapter(right, wrong)
+    save_adapter(right, wrong)
     config = json.loads((wrong / "adapter_config.json").read_text())
     (wrong / "adapter_config.json").write_text(json.dumps({**config, "r": 3}))
     with pytest.raises(ValueError, match="weights do not fit"):
-        model.load_adapter(vlm, wrong)
+        load_adapter(vlm, wrong)
     assert not hasattr(vlm, "lora") and all(weight.requires_grad for weight in vlm.parameters())
     with pytest.raises(ValueError, match="weights do not fit"):
-        model.load_adapter(frozen, wrong)
+        load_adapter(frozen, wrong)
     assert not any(weight.requires_grad for weight in frozen.parameters())
     assert vlm.state_dict().keys() == tiny.vlm.state_dict().keys()
     assert torch.equal(our_logits(vlm, PICTURES), our_logits(tiny.vlm, PICTURES))
     (wrong / "adapter_config.json").write_text(json.dumps(config))
-    model.load_adapter(vlm, wrong)
+    load_adapter(vlm, wrong)
     assert torch.equal(our_logits(vlm, PICTURES), our_logits(right, PICTURES))
 
 
 def test_peft_loads_our_adapter(tiny, tmp_path):
     vlm = with_adapter(tiny)
-    model.save_adapter(vlm, tmp_path / "adapter")
+    save_adapter(vlm, tmp_path / "adapter")
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny.path)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # peft warns about keys that it did not find
@@ -757,7 +759,7 @@ def test_peft_loads_our_adapter(tiny, tmp_path):
 def test_we_load_the_adapter_of_peft(tiny, tmp_path, options):
     adapted, vlm = peft_model(tiny, **options), fresh(tiny)
     adapted.save_pretrained(tmp_path / "adapter")
-    model.load_adapter(vlm, tmp_path / "adapter")
+    load_adapter(vlm, tmp_path / "adapter")
     theirs = hf_logits(adapted, PICTURES)[REAL]
     assert deviation(our_logits(vlm, PICTURES)[REAL], theirs) < CLOSE
     assert deviation(our_logits(tiny.vlm, PICTURES)[REAL], theirs) > 0.01
@@ -765,8 +767,8 @@ def test_we_load_the_adapter_of_peft(tiny, tmp_path, options):
 
 def test_our_adapter_comes_back(tiny, tmp_path):
     vlm, again = with_adapter(tiny), fresh(tiny)
-    model.save_adapter(vlm, tmp_path / "adapter")
-    model.load_adapter(again, tmp_path / "adapter")
+    save_adapter(vlm, tmp_path / "adapter")
+    load_adapter(again, tmp_path / "adapter")
     assert torch.equal(our_logits(again, PICTURES), our_logits(vlm, PICTURES))
 
 
@@ -779,40 +781,40 @@ def test_adapters_that_are_refused(tiny, tmp_path, name):
     """What we do not implement is refused by name: a scale that is silently ignored would be a wrong model."""
     peft_model(tiny, **{name: ADAPTER_REFUSALS[name]}).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match="lora_A|rank_pattern" if name == "rank_pattern" else name):
-        model.load_adapter(fresh(tiny), tmp_path / "adapter")
+        load_adapter(fresh(tiny), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("option, value, named", [("rank", 2, "lora_A"), ("alpha", 99, "alpha"),
                                                   ("targets", ["qkv"], "q_proj")])
 def test_an_adapter_beside_another_is_refused(tiny, tmp_path, option, value, named):
     """Loaded into a model that already has an adapter of another rank, scale or place."""
-    model.save_adapter(with_adapter(tiny), tmp_path / "adapter")
+    save_adapter(with_adapter(tiny), tmp_path / "adapter")
     with pytest.raises(ValueError, match=named):
-        model.load_adapter(with_adapter(tiny, **{option: value}), tmp_path / "adapter")
+        load_adapter(with_adapter(tiny, **{option: value}), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 1000, None])
 def test_a_broken_adapter_file_is_named(tiny, tmp_path, kept):
-    model.save_adapter(with_adapter(tiny), tmp_path / "adapter")
+    save_adapter(with_adapter(tiny), tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     whole = file.read_bytes()
     file.unlink()
     if kept is not None:
         file.write_bytes(whole[:kept])
     with pytest.raises(ValueError, match="adapter_model.safetensors"):
-        model.load_adapter(fresh(tiny), tmp_path / "adapter")
+        load_adapter(fresh(tiny), tmp_path / "adapter")
 
 
 def test_a_target_that_is_no_layer_is_named(tiny):
     with pytest.raises(ValueError, match="no_such_proj"):
-        model.add_lora(fresh(tiny), rank=2, alpha=2, targets=("q_proj", "no_such_proj"))
+        add_lora(fresh(tiny), rank=2, alpha=2, targets=("q_proj", "no_such_proj"))
 
 
 @pytest.mark.parametrize("targets, said", [(("q_proj", "lm_head"), "'lm_head' is the head"), ((), "named in targets")])
 def test_targets_that_take_no_adapter(targets, said):
     vlm = model.VLM.from_config(make_config(tied=False).to_dict())
     with pytest.raises(ValueError, match=said):
-        model.add_lora(vlm, rank=2, alpha=2, targets=targets)
+        add_lora(vlm, rank=2, alpha=2, targets=targets)
     assert all(weight.requires_grad for weight in vlm.parameters()) and not hasattr(vlm, "lora")
 
 
@@ -820,9 +822,9 @@ def test_a_second_adapter_needs_the_first_merged(tiny):
     vlm = with_adapter(tiny)
     adapted = our_logits(vlm, PICTURES)
     with pytest.raises(ValueError, match="has an adapter already: merge_lora first"):
-        model.add_lora(vlm, rank=2, alpha=2, targets=("k_proj",))
+        add_lora(vlm, rank=2, alpha=2, targets=("k_proj",))
     assert torch.equal(our_logits(vlm, PICTURES), adapted)
-    model.add_lora(model.merge_lora(vlm), rank=2, alpha=2, targets=("k_proj",))
+    add_lora(merge_lora(vlm), rank=2, alpha=2, targets=("k_proj",))
     assert deviation(our_logits(vlm, PICTURES), adapted) < CLOSE
 
 
@@ -830,18 +832,18 @@ def test_a_second_adapter_needs_the_first_merged(tiny):
                                          ("use_qalora", True), ("alora_invocation_tokens", [1, 2]),
                                          ("layer_replication", [[0, 2], [1, 3]])])
 def test_adapters_whose_base_differs_are_refused(tiny, tmp_path, name, value):
-    model.save_adapter(with_adapter(tiny), tmp_path / "adapter")
+    save_adapter(with_adapter(tiny), tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     for changed, refused in ((value, True), ("gaussian" if name == "init_lora_weights" else None, False)):
         file.write_text(json.dumps({**json.loads(file.read_text()), name: changed}))
         with pytest.raises(ValueError, match=name) if refused else nullcontext():
-            model.load_adapter(fresh(tiny), tmp_path / "adapter")
+            load_adapter(fresh(tiny), tmp_path / "adapter")
 
 
 def test_a_merged_adapter_is_a_full_checkpoint(tiny, tmp_path):
     vlm = with_adapter(tiny)
     adapted = our_logits(vlm, PICTURES)
-    model.merge_lora(vlm)
+    merge_lora(vlm)
     assert deviation(our_logits(vlm, PICTURES), adapted) < CLOSE
     vlm.save_pretrained(tmp_path / "merged")
     hf, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "merged", output_loading_info=True)
@@ -933,14 +935,14 @@ def test_both_spellings_of_the_pixel_limits(tiny, tmp_path, change):
     settings_file.write_text(json.dumps({**kept, **change}))
     theirs = Qwen2VLImageProcessorPil(min_pixels=784, max_pixels=4704)  # 1 and 6 tokens
     for size in ((300, 200), (20, 20)):
-        assert_pictures_equal(look(model.Processor.from_pretrained(path), picture(*size)), theirs(picture(*size)))
+        assert_pictures_equal(look(Processor.from_pretrained(path), picture(*size)), theirs(picture(*size)))
 
 
 def test_patch_size_of_the_checkpoint(tmp_path):
     path = save_checkpoint(make_model(make_config(vision=dict(patch_size=8, window_size=48))), tmp_path / "patch8")
     images = [picture(100, 70), picture(48, 64)]
     theirs = Qwen2VLImageProcessorPil.from_pretrained(path)(images)
-    assert_pictures_equal(look(model.Processor.from_pretrained(path), *images), theirs)
+    assert_pictures_equal(look(Processor.from_pretrained(path), *images), theirs)
 
 
 def test_several_pictures_keep_their_order(tiny, processor):
@@ -1027,17 +1029,17 @@ def test_ids_of_the_processor(processor):
 def test_a_broken_processor_directory(tiny, tmp_path):
     path = shutil.copytree(tiny.path, tmp_path / "broken")
     (path / "generation_config.json").unlink()
-    assert tuple(model.Processor.from_pretrained(path).eos_ids) == (IM_END,)  # what ends a turn
+    assert tuple(Processor.from_pretrained(path).eos_ids) == (IM_END,)  # what ends a turn
     plain_tokenizer().save(str(path / "tokenizer.json"))
     with pytest.raises(ValueError, match="tokenizer.json.*im_start"):
-        model.Processor.from_pretrained(path)
+        Processor.from_pretrained(path)
     (path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer.json"):
-        model.Processor.from_pretrained(path)
+        Processor.from_pretrained(path)
     full_tokenizer().save(str(path / "tokenizer.json"))
     (path / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match="preprocessor_config.json"):
-        model.Processor.from_pretrained(path)
+        Processor.from_pretrained(path)
 
 
 def test_picture_settings_as_transformers_saves_them_now(tiny, processor, tmp_path):
@@ -1047,19 +1049,19 @@ def test_picture_settings_as_transformers_saves_them_now(tiny, processor, tmp_pa
     settings = json.loads((path / "preprocessor_config.json").read_text())
     (path / "preprocessor_config.json").unlink()
     (path / "processor_config.json").write_text(json.dumps({"image_processor": settings, "processor_class": "x"}))
-    theirs, ours = Qwen2VLImageProcessorPil.from_pretrained(path), model.Processor.from_pretrained(path)
+    theirs, ours = Qwen2VLImageProcessorPil.from_pretrained(path), Processor.from_pretrained(path)
     picture = Image.effect_noise((90, 70), 80).convert("RGB")
     expected = torch.as_tensor(theirs(images=[picture], return_tensors="pt")["pixel_values"])
     assert torch.equal(ours.pixels(picture)[0], processor.pixels(picture)[0])
     assert (ours.pixels(picture)[0] - expected).abs().max() < 1e-4
     # beside an older file they go first, as for transformers
     (path / "preprocessor_config.json").write_text(json.dumps({**settings, "image_mean": [0.1, 0.2, 0.3]}))
-    theirs, ours = Qwen2VLImageProcessorPil.from_pretrained(path), model.Processor.from_pretrained(path)
+    theirs, ours = Qwen2VLImageProcessorPil.from_pretrained(path), Processor.from_pretrained(path)
     assert list(theirs.image_mean) == pytest.approx(ours.mean.tolist()) == settings["image_mean"]
     (path / "preprocessor_config.json").unlink()
     (path / "processor_config.json").write_text('{"processor_class": "x"}')
     with pytest.raises(ValueError, match="processor_config.json: no picture settings"):
-        model.Processor.from_pretrained(path)
+        Processor.from_pretrained(path)
 
 
 @pytest.mark.parametrize("name, value", [("do_resize", False), ("do_rescale", False), ("do_normalize", False),
@@ -1077,7 +1079,7 @@ def test_picture_settings_that_change_the_pixels_are_refused(tiny, tmp_path, nam
             images=[image], return_tensors="pt")["pixel_values"]))
     assert name == "do_resize" or not torch.equal(*pixels)
     with pytest.raises(ValueError, match=name):
-        model.Processor.from_pretrained(path)
+        Processor.from_pretrained(path)
 
 
 def test_the_turn_ends_with_its_own_token_however_ends_are_listed(tiny, tmp_path):
@@ -1091,7 +1093,7 @@ def test_the_turn_ends_with_its_own_token_however_ends_are_listed(tiny, tmp_path
     tag = full_tokenizer().token_to_id("</think>")            # an end, but a word of the answer as well
     for listed in ([ENDOFTEXT, IM_END], ENDOFTEXT, [ENDOFTEXT, tag]):
         (path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
-        processor = model.Processor.from_pretrained(path)
+        processor = Processor.from_pretrained(path)
         assert processor.end == IM_END and processor.eos_ids[:2] == (IM_END, ENDOFTEXT)
         assert ENDOFTEXT not in processor.encode("a<|endoftext|>b") and processor.decode([ENDOFTEXT]) == ""
         assert processor.encode("</think>") == [tag] and processor.decode([tag]) == "</think>"

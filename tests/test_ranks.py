@@ -10,7 +10,10 @@ from safetensors.torch import load_file
 import infer
 import train
 from conftest import ROOT
-from model import VLM, Processor
+from model import VLM
+from parts.chat import Processor
+from parts.stepfiles import read_steps
+from parts.steps import BASES
 from test_train import commands, home, log_of       # noqa: F401 (home is a fixture)
 
 CLOSE = 1e-4
@@ -89,10 +92,10 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks(home, tmp_path):         
 def test_samples_do_not_depend_on_what_they_are_batched_with(home):                             # noqa: F811
     """Each conversation alone, with its part of the noise, against all in one list, in which one stands twice."""
     path = ROOT / "weights" / "tiny-warm"
-    bases = {base: None for base in infer.BASES}
+    bases = {base: None for base in BASES}
     router = infer.Router(VLM.from_pretrained(path), Processor.from_pretrained(path), bases, temperature=1.0,
                           max_new_tokens=24)
-    steps = [step for row in train.read_steps(home / "w" / "steps.jsonl")[:3] for step in row]
+    steps = [step for row in read_steps(home / "w" / "steps.jsonl")[:3] for step in row]
     talks = [step.conversation() for step in (*steps, steps[0])]
     generator = torch.Generator().manual_seed(0)
     noise = router.noise(talks, generator, 4)

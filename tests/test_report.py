@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-import report
+from lab import report
 
 HOSTILE = ('</script><script>window.hacked = 1</script><hostile>"\' onmouseover="window.hacked = 2" </textarea></style>'
            '<img src=x onerror=window.hacked=3> &amp; &lt; ü 漢字 ${1} $x_$')

@@ -24,11 +24,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-import encode
 import retrieve
-from encode import Encoder, Lexical, load_encoder
-from retrieve import (Hit, IndexOptions, JsonStream, KnowledgeBase, build_folder, load_or_build, read_docs, read_mbeir,
-                      read_tables, read_wiki, windows)
+from parts import pretrained as encode
+from parts.corpora import JsonStream, read_docs, read_mbeir, read_tables, read_wiki, windows
+from parts.encoders import Encoder, Lexical
+from parts.pretrained import load_encoder
+from plumbing.old import Progress_build
+from retrieve import Hit, IndexOptions, KnowledgeBase, build_folder, load_or_build
 
 ROOT = Path(__file__).resolve().parents[1]
 SYLLABLES = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in "lnrst"][:120]
@@ -1060,8 +1062,8 @@ def test_a_killed_build_goes_on_without_redoing_losing_or_doubling(tmp_path, scr
         assert (work / "progress" / begun).exists() and not (tmp_path / "kb").exists()
         assert (tmp_path / ".kb.lock").exists()  # but nobody holds it any more
         kept = {f"{i:05d}.hnsw": (work / f"{i:05d}.hnsw").stat().st_mtime_ns for i in range(done)}
-    added, add = [], retrieve.Progress.add
-    monkeypatch.setattr(retrieve.Progress, "add", lambda *a, **how: (added.append((*a[1:], how)), add(*a, **how)))
+    added, add = [], Progress_build.add
+    monkeypatch.setattr(Progress_build, "add", lambda *a, **how: (added.append((*a[1:], how)), add(*a, **how)))
     code, _, err = script(*words, tmp_path / "kb")
     assert code == 0 and "going on" in err and len(kept) == 2
     assert added[:2] == 2 * [(1000, {"encoded": False})] and "4500 of 4500 documents" in err  # not redone, but counted
@@ -1136,7 +1138,7 @@ def test_progress_says_how_long_it_will_take(monkeypatch):
     """Of 100 documents an earlier run did 40. Now 20 in 10 s, that is 2/s, so the other 40 take a third of a minute."""
     now, lines = [0.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = retrieve.Progress(100, lines.append)
+    progress = Progress_build(100, lines.append)
     progress.add(40, encoded=False)
     for now[0], count in ((2.0, 4), (10.0, 16), (11.0, 4), (30.0, 36)):
         progress.add(count)

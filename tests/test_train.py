@@ -21,11 +21,18 @@ import infer
 import train
 from conftest import ROOT
 from grpo import group_advantages, grpo_loss
-from model import VLM, Processor
+from model import VLM
+from parts.chat import Processor
+from parts.groups import Group, Interest, balanced, reward_metrics
+from parts.stepfiles import (Mixture, StepExample, clean_rows, gold_base, gold_label, in_budget,
+                             read_sources, read_steps)
+from parts.steps import BASES, AnswerStep, RouteStep, parse_step, render_route
+from plumbing.run import Run
 
 
 def run(script, *words, **more):
-    command = [sys.executable, str(ROOT / script), *map(str, words)]
+    program = ["-m", script] if script.startswith("lab.") else [str(ROOT / script)]
+    command = [sys.executable, *program, *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, **more)
 
 
@@ -33,7 +40,7 @@ def run(script, *words, **more):
 def home(tmp_path_factory):
     """A small training world with practice files, and a random tiny model that knows its prompts."""
     out = tmp_path_factory.mktemp("train")
-    made = run("world.py", "--split", "train", "--countries", 40, "--questions", 39, "--practice", 8,
+    made = run("lab.world", "--split", "train", "--countries", 40, "--questions", 39, "--practice", 8,
                "--out", out / "w", "--shell", out / "m", "--shape", 32, 2, 2, 1, 48)
     assert made.returncode == 0, made.stderr
     (out / "m" / "prompts.json").write_text('{"route": "plan", "answer": "read", "final": "answer"}')
@@ -65,15 +72,15 @@ def log_of(path):
 
 
 def test_published_step_file_is_read_whole(golden):
-    rows = train.read_steps(golden / "stepgrpo_steps.jsonl")
+    rows = read_steps(golden / "stepgrpo_steps.jsonl")
     raw = [json.loads(line) for line in open(golden / "stepgrpo_steps.jsonl")]
     assert [len(r) for r in rows] == [len(r["steps"]) for r in raw]
     for row, r in zip(rows, raw):
         assert [s.problem for s in row] == [s["problem"] for s in r["steps"]]
         assert row[-1].final and not any(s.final for s in row[:-1])
     for s in (s for row in rows for s in row):
-        parsed = infer.parse_step(s.target())
-        assert isinstance(parsed, infer.RouteStep if s.kind == "ret" else infer.AnswerStep) or not str(s.answer).strip()
+        parsed = parse_step(s.target())
+        assert isinstance(parsed, RouteStep if s.kind == "ret" else AnswerStep) or not str(s.answer).strip()
         if s.kind == "ret":
             assert parsed.route.lower() == s.answer["retriever"][0].strip()
 
@@ -84,13 +91,13 @@ def test_published_rows_are_counted_and_left_out_by_option(golden, tmp_path):
     raw = [json.loads(line) for line in open(golden / "stepgrpo_steps.jsonl")]
     asked = [[s["answer"]["query"].strip().lower() for s in r["steps"] if s["step_type"] == "ret"] for r in raw]
     repeats = sum(len([q for q in a if q != "none"]) > len({q for q in a if q != "none"}) for a in asked)
-    rows = train.read_steps(golden / "stepgrpo_steps.jsonl")
-    kept, counts = train.clean_rows(rows, ())
+    rows = read_steps(golden / "stepgrpo_steps.jsonl")
+    kept, counts = clean_rows(rows, ())
     assert counts["no_picture"] == sum(bool(r["images"]) for r in raw) and counts["repeats"] == repeats > 0
     assert len(kept) == len(raw) - counts["no_picture"]
     # intermediate golds that say that nothing is said, found by reading all 94 of the file
     assert counts["no_information"] == 7                                 # rows 3, 6, 11, 13, 14, 24, 33
-    fewer, _ = train.clean_rows(rows, ("repeats", "no_information"))
+    fewer, _ = clean_rows(rows, ("repeats", "no_information"))
     assert 0 < len(fewer) < len(kept)
 
 
@@ -110,7 +117,7 @@ def test_a_row_that_does_not_fit_is_named_with_file_and_line(tmp_path, line, fou
     path = tmp_path / "steps.jsonl"
     path.write_text(good + "\n" + line + "\n")
     with pytest.raises(ValueError, match="steps.jsonl, line 2") as e:
-        train.read_steps(path)
+        read_steps(path)
     assert found in str(e.value) and "\n" not in str(e.value)
 
 
@@ -118,7 +125,7 @@ def test_a_row_that_does_not_fit_is_named_with_file_and_line(tmp_path, line, fou
 
 
 def test_the_mask_covers_the_target_and_its_end_and_nothing_else(home, processor):
-    examples = [s for row in train.read_steps(home / "w" / "steps.jsonl")[:6] for s in row]
+    examples = [s for row in read_steps(home / "w" / "steps.jsonl")[:6] for s in row]
     batch, mask, too_long = train.make_batch(processor, examples, 2048, "cpu")
     assert too_long == 0 and batch["attention_mask"][:, -1].all()
     for ids, m, e in zip(batch["input_ids"], mask, examples):
@@ -129,8 +136,8 @@ def test_the_mask_covers_the_target_and_its_end_and_nothing_else(home, processor
 
 def test_the_target_of_a_step_that_is_none_in_one_is_none_in_both():
     gold = {"query": "none", "retriever": ["text retriever"]}
-    step = infer.parse_step(train.StepExample("ret", "s", "p", gold, "enough", ()).target())
-    assert step.route == "None" and step.query == "None" and train.gold_base(gold) == "none"
+    step = parse_step(StepExample("ret", "s", "p", gold, "enough", ()).target())
+    assert step.route == "None" and step.query == "None" and gold_base(gold) == "none"
 
 
 def test_rows_whose_picture_is_missing_are_counted_and_left_out_of_sft_too(home, tmp_path, capsys):
@@ -139,7 +146,7 @@ def test_rows_whose_picture_is_missing_are_counted_and_left_out_of_sft_too(home,
     lost = [{**row, "images": ["gone.jpg"]} for row in rows if row["images"]]
     folder = home / "w"                                           # pictures lie beside the file
     (folder / "lost.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lost + rows))
-    [(_, steps, share)] = train.read_sources([str(folder / "lost.jsonl") + "=2"])
+    [(_, steps, share)] = read_sources([str(folder / "lost.jsonl") + "=2"])
     assert len(steps) == sum(len(row["steps"]) for row in rows) and share == 2 and lost
     assert f"left out {len(lost)} rows whose picture is missing" in capsys.readouterr().err
     done = run("train.py", "sft", "--model", home / "m", "--data", folder / "lost.jsonl", "--steps", 2, "--tokens", 400,
@@ -147,7 +154,7 @@ def test_rows_whose_picture_is_missing_are_counted_and_left_out_of_sft_too(home,
     assert done.returncode == 0, done.stderr
     (folder / "lost.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lost))
     with pytest.raises(ValueError, match="lost.jsonl: no row is left to train on"):
-        train.read_sources([str(folder / "lost.jsonl")])
+        read_sources([str(folder / "lost.jsonl")])
 
 
 def test_supervised_loss_equals_transformers(home, model, processor, tmp_path):
@@ -155,7 +162,7 @@ def test_supervised_loss_equals_transformers(home, model, processor, tmp_path):
     transformers = pytest.importorskip("transformers")
     model.save_pretrained(tmp_path)
     theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path).eval()
-    examples = [s for row in train.read_steps(home / "w" / "steps.jsonl")[:8] for s in row]
+    examples = [s for row in read_steps(home / "w" / "steps.jsonl")[:8] for s in row]
     batch, mask, _ = train.make_batch(processor, examples, 2048, "cpu")
     assert batch["pixel_values"] is not None
     labels = batch["input_ids"].masked_fill(~mask, -100)
@@ -169,9 +176,9 @@ def test_supervised_loss_equals_transformers(home, model, processor, tmp_path):
 
 
 def test_a_mixture_draws_by_share_and_repeats_nothing_within_an_epoch():
-    make = lambda name, n: [train.StepExample("ans", "s", f"{name}{i}", "a", "", ()) for i in range(n)]
+    make = lambda name, n: [StepExample("ans", "s", f"{name}{i}", "a", "", ()) for i in range(n)]
     length = lambda e: 10 * len(e.problem)                                       # 20 to 50
-    mixture = train.Mixture([("a", make("a", 5000), 3.0), ("b", make("b", 100), 1.0)], length, 1280, 0)
+    mixture = Mixture([("a", make("a", 5000), 3.0), ("b", make("b", 100), 1.0)], length, 1280, 0)
     drawn = [e.problem for pool in range(4) for b in mixture.batches(pool) for e in b]
     a, b = [x for x in drawn if x[0] == "a"], [x for x in drawn if x[0] == "b"]
     assert len(a) == 4 * 768 and len(b) == 4 * 256 and len(set(a)) == len(a)
@@ -179,7 +186,7 @@ def test_a_mixture_draws_by_share_and_repeats_nothing_within_an_epoch():
     for b in mixture.batches(3):                                                  # the budget is kept, and well used
         assert len(b) * max(map(length, b)) <= 1280
     assert sum(len(b) * max(map(length, b)) > 1100 for b in mixture.batches(3)) > 0.8 * len(mixture.batches(3))
-    again = train.Mixture([("a", make("a", 5000), 3.0), ("b", make("b", 100), 1.0)], length, 1280, 0)
+    again = Mixture([("a", make("a", 5000), 3.0), ("b", make("b", 100), 1.0)], length, 1280, 0)
     assert [e.problem for b in again.batches(2) for e in b] == [e.problem for b in mixture.batches(2) for e in b]
 
 
@@ -209,13 +216,13 @@ def test_previous_token_head_looks_at_the_token_before(model, home):
 @pytest.fixture(scope="module")
 def groups(home, model, processor):
     """Six sampled groups of a random model, with pictures among them and advantages as if the rewards had varied."""
-    steps = [s for row in train.read_steps(home / "w" / "steps.jsonl") for s in row]
+    steps = [s for row in read_steps(home / "w" / "steps.jsonl") for s in row]
     chosen = [s for s in steps if s.images][:3] + [s for s in steps if not s.images][:3]
-    router = infer.Router(model, processor, {b: None for b in infer.BASES}, temperature=1.0, max_new_tokens=12)
+    router = infer.Router(model, processor, {b: None for b in BASES}, temperature=1.0, max_new_tokens=12)
     outputs = router.sample([s.conversation() for s in chosen], torch.Generator().manual_seed(0), 4)
     made, rng = [], random.Random(0)
     for s, (ids, candidates) in zip(chosen, outputs):
-        g = train.Group(s.conversation(), ids, candidates, [rng.random() for _ in candidates], [], train.gold_label(s), [])
+        g = Group(s.conversation(), ids, candidates, [rng.random() for _ in candidates], [], gold_label(s), [])
         g.advantages = group_advantages(torch.tensor(g.rewards), torch.zeros(4))
         made.append(g)
     return made
@@ -258,11 +265,11 @@ def test_sampler_and_update_see_the_same_tokens(model, processor, groups):
 
 def test_micro_batches_hold_every_group_once_and_keep_the_budget(groups):
     for budget in (1, 200, 10 ** 9):
-        parts = infer.in_budget(groups, lambda g: g.size, budget)
+        parts = in_budget(groups, lambda g: g.size, budget)
         assert sorted(id(g) for p in parts for g in p) == sorted(map(id, groups))
         assert all(len(p) == 1 or max(g.size for g in p) * len(p) <= budget for p in parts)
     # by hand: 3 + 3 rows of width 3 are 6, a third of width 4 would make 12
-    assert infer.in_budget([9, 4, 3, 3], int, 8) == [[3, 3], [4], [9]]
+    assert in_budget([9, 4, 3, 3], int, 8) == [[3, 3], [4], [9]]
 
 
 @pytest.mark.parametrize("budget", [1, 300, 10 ** 9])
@@ -274,7 +281,7 @@ def test_outputs_do_not_depend_on_the_token_budget_of_a_model_call(home, model, 
         def generate(self, **more):
             calls.append(more["input_ids"].shape)
             return model.generate(**more)
-    router = infer.Router(Counting(), processor, {b: None for b in infer.BASES}, temperature=1.0, max_new_tokens=12,
+    router = infer.Router(Counting(), processor, {b: None for b in BASES}, temperature=1.0, max_new_tokens=12,
                           call_tokens=budget)
     outputs = router.sample([g.conversation for g in groups], torch.Generator().manual_seed(0), 4)
     assert [c.text for _, cs in outputs for c in cs] == [c.text for g in groups for c in g.candidates]
@@ -288,7 +295,7 @@ def test_balanced_draw_is_even_over_gold_routes():
     labels = ["text image retriever"] * 8 + ["text retriever"] * 60 + ["table retriever"] * 32
     labels += ["none"] * 40 + ["answer"] * 60
     items, label = list(enumerate(labels)), lambda x: x[1]
-    draw = lambda o: train.balanced(o, items, label, label, train.Interest(0.8, {}), random.Random(1))
+    draw = lambda o: balanced(o, items, label, label, Interest(0.8, {}), random.Random(1))
     even, plain = draw(train.GrpoOptions(prompts=32)), draw(train.GrpoOptions(prompts=32, balance=False))
     count = lambda drawn: {name: sum(label(x) == name for x in drawn) for name in set(labels)}
     assert count(even) == {"answer": 8, "none": 6, "table retriever": 6, "text image retriever": 6, "text retriever": 6}
@@ -297,7 +304,7 @@ def test_balanced_draw_is_even_over_gold_routes():
 
 
 def test_solved_prompts_are_drawn_less_often_but_not_never():
-    interest = train.Interest(0.8, {})
+    interest = Interest(0.8, {})
     for _ in range(100):
         interest.learn("solved", True)
     rng, items = random.Random(0), ["solved"] * 50 + ["open"] * 50
@@ -310,7 +317,7 @@ def test_solved_prompts_are_drawn_less_often_but_not_never():
 
 
 def test_a_group_is_solved_where_all_is_right_not_where_all_is_equally_wrong():
-    group = lambda *parts: train.Group([], (), (), [p.total for p in parts], list(parts), "", [])
+    group = lambda *parts: Group([], (), (), [p.total for p in parts], list(parts), "", [])
     right, near = grpo.Reward(1.0, 1.0, 1.0, 1.0), grpo.Reward(0.95, 1.0, 0.9, 1.0)
     assert group(right, right).solved and not group(near, near).solved and not group(right, near).solved
     assert group(grpo.Reward(1.0, 1.0, answer=1.0)).solved and not group(grpo.Reward(0.0, 0.0, answer=0.0)).solved
@@ -353,7 +360,7 @@ def test_a_hop_is_closed_by_a_right_answer_to_it_in_any_order_and_wording():
     x = train.Live(Question(), 0)
 
     def said(kind, text):
-        c = infer.Candidate(text, (), (), infer.parse_step(text))
+        c = infer.Candidate(text, (), (), parse_step(text))
         train.go_on(o, [(x, infer.Step(kind, "", [], (), (c,), 0, {}))], Words())
     ask = lambda q: said("route", f"<think> t</think><sub-question> {q}</sub-question><ret> Table Retriever</ret>")
     answer = lambda a: said("answer", f"<think> t</think><answer> {a}</answer>")
@@ -390,7 +397,7 @@ def test_an_invented_name_is_paid_unless_only_ready_hops_count(only_ready):
             pass
     x = train.Live(Question(), 0, only_ready)
     text = "<think> t</think><sub-question> area of {}</sub-question><ret> Table Retriever</ret>"
-    asked = lambda name: infer.Candidate(text.format(name), (), (), infer.parse_step(text.format(name)))
+    asked = lambda name: infer.Candidate(text.format(name), (), (), parse_step(text.format(name)))
     [reward] = train.score(train.GrpoOptions(), [(asked("mes"), x.golds())], Words())
     assert reward.total == pytest.approx((1 / 3 + 0) / 2 if only_ready else (2 / 3 + 1) / 2, abs=1e-5)
     train.go_on(train.GrpoOptions(), [(x, infer.Step("route", "", [], (), (asked("rut"),), 0, {}))], Words())
@@ -403,7 +410,7 @@ def test_an_invented_name_is_paid_unless_only_ready_hops_count(only_ready):
 
 def test_sampling_goes_on_until_enough_groups_are_mixed():
     """A source with one mixed group of two each time: three are there after three times."""
-    made = lambda rewards: train.Group([], (), (), rewards, [], "answer", [])
+    made = lambda rewards: Group([], (), (), rewards, [], "answer", [])
 
     class Source:
         def sample(self, rng):
@@ -419,21 +426,21 @@ def test_what_a_log_says_of_routes_by_hand():
     """Two prompts want the text base, one wants none: 3 of 4 outputs are right; text is asked for 3 times of 6."""
     def group(gold, routes):
         text = "<think> t</think><sub-question> q</sub-question><ret> {}</ret>"
-        outputs = tuple(infer.Candidate("", (), (), infer.parse_step(text.format(r))) for r in routes)
+        outputs = tuple(infer.Candidate("", (), (), parse_step(text.format(r))) for r in routes)
         right = [float(r.lower() == gold) for r in routes]
-        return train.Group([], (), outputs, right, [grpo.Reward(r, 1.0, route=r) for r in right], gold, [])
+        return Group([], (), outputs, right, [grpo.Reward(r, 1.0, route=r) for r in right], gold, [])
     T, N = "Text Retriever", "Table Retriever"
     groups = [group("text retriever", [T, T]), group("text retriever", [T, N]), group("table retriever", [N, N])]
     for g in groups:
         g.advantages = group_advantages(torch.tensor(g.rewards), torch.zeros(2))
-    m = train.reward_metrics(groups)
+    m = reward_metrics(groups)
     assert (m["route:text"], m["asked:text"], m["prompts:text"], m["mixed:text"]) == (3 / 4, 1 / 2, 2 / 3, 1 / 2)
     assert (m["route:table"], m["asked:table"], m["prompts:table"], m["mixed:table"]) == (1, 1 / 2, 1 / 3, 0)
     assert m["reward"] == pytest.approx(5 / 6) and m["flat_groups"] == pytest.approx(2 / 3)
 
 
 def test_route_tokens_are_those_between_the_ret_tags(processor):
-    text = infer.render_route("need capital", "What is the capital of Bakdol?", "Text Image Retriever")
+    text = render_route("need capital", "What is the capital of Bakdol?", "Text Image Retriever")
     ids = tuple(processor.encode(text))
     inside = train.route_tokens(processor, infer.Candidate(text, ids, (0.0,) * len(ids), None))
     assert processor.decode([i for i, x in zip(ids, inside) if x]) == " Text Image Retriever"
@@ -508,7 +515,7 @@ def test_the_whole_update_equals_a_float64_loop(home, model, processor, groups):
     text = "<think> t</think><sub-question> q</sub-question><ret> Text Retriever</ret>"
     said = tuple(processor.encode(text))
     mine = [copy.copy(g) for g in groups]
-    mine[4].candidates = (infer.Candidate(text, said, (-1.0,) * len(said), infer.parse_step(text)),
+    mine[4].candidates = (infer.Candidate(text, said, (-1.0,) * len(said), parse_step(text)),
                           *groups[4].candidates[1:])                      # an output with route tokens
     moved.zero_grad()
     metrics = train.accumulate(o, moved, lambda _: nullcontext(model), processor, mine)
@@ -567,7 +574,7 @@ def test_outcome_groups_by_hand():
     assert found == {(1,): ([1.0, 0.0], [0.7071, -0.7071]), (2,): ([1.0], [0.7071]), (3,): ([0.0], [-0.7071]),
                      (4,): ([0.0, 1.0], [-0.7071, 0.7071])}
     assert counts["reward"] == 0.5 and counts["malformed"] == 0.25 and counts["retrievals"] == 1
-    assert all(g.teaches for g in groups) and train.reward_metrics(groups)["flat_groups"] == 0
+    assert all(g.teaches for g in groups) and reward_metrics(groups)["flat_groups"] == 0
 
 
 def test_learning_rates_are_those_of_the_schedule(home, tmp_path):
@@ -584,7 +591,7 @@ def test_the_gradient_is_clipped_to_its_norm(home, tmp_path):
     """SGD in place of AdamW shows what the optimizer is given: a step of length clip_norm."""
     model, processor = VLM.from_config(home / "m", seed=1), Processor.from_pretrained(home / "m")
     o = train.SftOptions(out=str(tmp_path / "r"), clip_norm=0.5, learning_rate=1.0, warmup=1, decay=0.0)
-    r = train.Run(o, model, processor, {})
+    r = train.open_run(o, model, processor, {})
     r.optimizer, before = torch.optim.SGD(model.parameters(), lr=1.0), [p.detach().clone() for p in model.parameters()]
     r.agree()
     for p in model.parameters():
@@ -601,7 +608,7 @@ def test_which_candidate_is_followed(follow):
     time (of 200: 50 with a deviation of 6)."""
     texts = [f"<think> t</think><sub-question> {q}</sub-question><ret> Text Retriever</ret>"
              for q in ("which", "seat", "capital of Bakdol", "seat which")]
-    candidates = tuple(infer.Candidate(t, (1,), (0.0,), infer.parse_step(t)) for t in texts)
+    candidates = tuple(infer.Candidate(t, (1,), (0.0,), parse_step(t)) for t in texts)
     followed = []
 
     class Stub:

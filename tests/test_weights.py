@@ -8,9 +8,13 @@ import pytest
 import torch
 
 import infer
-import train
 from conftest import ROOT
-from model import VLM, Processor
+from model import VLM
+from parts.chat import Processor
+from parts.evaluate import evaluate
+from parts.questions import load_questions
+from parts.stepfiles import load_prompts, read_steps
+from retrieve import world_bases
 
 SHIPPED = ("tiny", "tiny-warm")
 
@@ -20,18 +24,18 @@ def world(tmp_path_factory):
     """A test world of its own: another seed than any figure in the README was made with."""
     out = tmp_path_factory.mktemp("held-out")
     words = ["--split", "test", "--seed", "90210", "--questions", "130", "--out", str(out)]
-    done = subprocess.run([sys.executable, str(ROOT / "world.py"), *words], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "lab.world", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out
 
 
 def scores(name, world, method="router"):
     path = ROOT / "weights" / name
-    rows, faults = infer.load_questions(world / "questions.jsonl")
+    rows, faults = load_questions(world / "questions.jsonl")
     assert len(rows) == 130 and not faults
-    router = infer.Router(VLM.from_pretrained(path), Processor.from_pretrained(path), infer.world_bases(world),
-                          method=method, prompts=infer.load_prompts(path / "prompts.json"))
-    return infer.evaluate(router.run(rows))
+    router = infer.Router(VLM.from_pretrained(path), Processor.from_pretrained(path), world_bases(world),
+                          method=method, prompts=load_prompts(path / "prompts.json"))
+    return evaluate(router.run(rows))
 
 
 def test_both_models_fit_in_six_megabytes_and_say_how_they_were_made():
@@ -48,7 +52,7 @@ def test_transformers_loads_it_and_gives_the_same_logits(name, world):
     path = ROOT / "weights" / name
     theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
     ours, processor = VLM.from_pretrained(path), Processor.from_pretrained(path)
-    steps = [s for row in train.read_steps(world / "steps.jsonl")[:6] for s in row]
+    steps = [s for row in read_steps(world / "steps.jsonl")[:6] for s in row]
     batch = processor([s.conversation() for s in steps])
     assert batch["pixel_values"] is not None
     newer = "mm_token_type_ids" in inspect.signature(theirs.forward).parameters

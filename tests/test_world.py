@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import infer
-import world
 from conftest import ROOT
-from model import Processor
+from lab import world
+from parts.chat import Processor
+from parts.steps import PREFIX, answer_problem, final_problem, route_problem
 
 
 def run(*words):
-    return subprocess.run([sys.executable, str(ROOT / "world.py"), *map(str, words)], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "lab.world", *map(str, words)], capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -183,16 +183,16 @@ def test_problems_are_those_that_the_router_renders(made):
         question = steps[0]["problem"].removesuffix("<image>").removeprefix("Origin question: ").split("\n")[0]
         for i, s in enumerate(steps):
             if s["step_type"] == "ret":
-                assert s["problem"] == infer.route_problem(question, history, image)
+                assert s["problem"] == route_problem(question, history, image)
             elif i + 1 == len(steps):
-                assert s["problem"] == infer.final_problem(question, history, image)
+                assert s["problem"] == final_problem(question, history, image)
             else:
                 asked = steps[i - 1]["answer"]
                 lines = re.findall(r"(t[eia]r)-\d: (.*)\n", s["problem"])
                 evidence = {}
                 for prefix, text in lines:
-                    evidence.setdefault({v: k for k, v in infer.PREFIX.items()}[prefix], []).append(text)
-                assert s["problem"] == infer.answer_problem(asked["query"], evidence, image)
+                    evidence.setdefault({v: k for k, v in PREFIX.items()}[prefix], []).append(text)
+                assert s["problem"] == answer_problem(asked["query"], evidence, image)
                 assert list(evidence) == [base_of[asked["retriever"][0]]]
                 history.append((asked["query"], s["answer"]))
             count += 1

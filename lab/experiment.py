@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)
 
 # ---------------------------------------------------------------------------------------------------------------- plan
@@ -239,12 +239,12 @@ def worlds(scale):
 
 def write_worlds(scale):
     """Write the worlds of the experiment, those that are not there yet, and build the bases that are searched."""
-    from infer import world_bases                   # here, since it takes torch with it
+    from retrieve import world_bases                   # here, since it takes torch with it
     for name, options in worlds(scale).items():
         out = Path("data") / scale.name / name
         if not (HERE / out / "questions.jsonl").is_file():
             more = ("--countries", scale.countries) if scale.countries else ()
-            done = subprocess.run(command("world.py", *options, *more, "--out", out), cwd=HERE,
+            done = subprocess.run(command("-m", "lab.world", *options, *more, "--out", out), cwd=HERE,
                                   stdout=subprocess.DEVNULL)
             if done.returncode:
                 raise ValueError(f"world.py could not write {out}: see its message above")
@@ -588,7 +588,7 @@ def fill(text, parts):
 
 def figures(out):
     """Curves of the main comparison and of the route that dies, as PNG files."""
-    import report                                   # here, since it takes matplotlib with it
+    from lab import report                                   # here, since it takes matplotlib with it
     for part, name, y in (("main", "main", ["validation.f1_recall", "validation.route_accuracy"]),
                           ("collapse", "collapse", ["asked:text image", "mixed:text image"])):
         runs = []

@@ -14,10 +14,9 @@ import pytest
 
 import soak
 from conftest import ROOT
-from infer import world_bases
-from model import load_picture
-from retrieve import KnowledgeBase
-from steps import BASES
+from parts.steps import BASES
+from parts.vision import load_picture
+from retrieve import KnowledgeBase, world_bases
 
 FEW = SimpleNamespace(seed=0, moments=3, inputs=5000, steps=12, questions=117)
 
@@ -25,7 +24,7 @@ FEW = SimpleNamespace(seed=0, moments=3, inputs=5000, steps=12, questions=117)
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("soak") / "w"
-    soak.must(soak.command("world.py", "--countries", 40, "--questions", 39, "--out", folder))
+    soak.must(soak.command("lab.world", "--countries", 40, "--questions", 39, "--out", folder))
     return folder
 
 
@@ -144,7 +143,7 @@ def test_pictures_that_generated_inputs_found(seed, tmp_path):
     """A note whose fraction is a text: Pillow reads it and fails to write it (TypeError)."""
     soak.try_picture(random.Random(seed), tmp_path / "f")
     with pytest.raises(ValueError, match="not a readable picture"):
-        soak.load_picture(tmp_path / "f")
+        load_picture(tmp_path / "f")
 
 
 def test_the_slope_of_memory_by_hand():
@@ -163,5 +162,5 @@ def test_the_long_run_in_short(world, tmp_path):
 
 
 def test_a_mistake_is_one_line_and_code_2():
-    done = subprocess.run([sys.executable, str(ROOT / "soak.py"), "rest"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "soak" / "soak.py"), "rest"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == "soak.py: rest: no such part, there are kill, fuzz, memory\n"

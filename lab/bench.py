@@ -43,9 +43,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import VLM, Processor, add_lora
+from model import VLM
+from parts.chat import Processor
+from parts.lora import add_lora
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 
 # --------------------------------------------------------------------------------------------------------------- sizes
 
@@ -543,7 +545,7 @@ def bench_retrieve(o):
 def bench_encoder(o, folder):
     """A BERT of MiniLM's size over passages of 20 to 100 words; both sides sort by length, the peer batches by 32."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from encode import load_encoder
+    from parts.pretrained import load_encoder
     hf = needed("transformers")
     words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *(f"w{i}" for i in range(2000))]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "[UNK]"))
@@ -603,7 +605,7 @@ def least_ef(rows_at, truth, target, step=5):
 
 def given_encoder(vectors, queries):
     """An encoder that looks vectors up, so that only the base is timed: document "7" is row 7."""
-    from encode import Encoder
+    from parts.encoders import Encoder
 
     class Given(Encoder):
         name, dim = "given", vectors.shape[1]
@@ -703,12 +705,15 @@ def bench_router(o):
 
     The model's share is that of generation; prompts, pictures, decoding and parsing are the rest. Each share is the
     median of the rounds."""
-    from infer import Router, load_prompts, load_questions, world_bases
+    from infer import Router
+    from parts.questions import load_questions
+    from parts.stepfiles import load_prompts
+    from retrieve import world_bases
     path, batches, alone, rounds = Path(o.model), [], [], []     # rounds: what a round at once has spent in what
     with tempfile.TemporaryDirectory() as world:
-        command = [sys.executable, str(HERE / "world.py"), "--split", "test", "--seed", "1000", "--out", world]
+        command = [sys.executable, "-m", "lab.world", "--split", "test", "--seed", "1000", "--out", world]
         command += ["--questions", str(o.load.questions)] + ["--countries", "40"] * o.quick
-        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        if subprocess.run(command, cwd=HERE, stdout=subprocess.DEVNULL).returncode:
             raise ValueError("world.py could not write a world: see its message above")
         rows, _ = load_questions(Path(world) / "questions.jsonl")
         vlm, processor = VLM.from_pretrained(path, o.dtype, o.device), Processor.from_pretrained(path)

@@ -11,8 +11,6 @@ on from `last` as if it had not been; that is exact on the CPU.
 
 Reading order: Run.steps, Run.update, Run.log, Run.save; the ranks when you have several GPUs.
 """
-import argparse
-import copy
 import json
 import math
 import os
@@ -21,24 +19,15 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from infer import OneLineParser, Router, embedded_world, evaluate, hold, load_questions, world_bases
-from model import VLM, Processor, load_adapter, read_json, save_adapter, settle, usable_device, write_json
-
-# -------------------------------------------------------------------------------------------------------------- options
-
-
-def option(default, text, **more):
-    """A field of an options class: its default, the sentence that --help shows, and for a number the `least` and the
-    `most` that it may be, by default not below 0."""
-    return field(default=default, metadata={"help": text, **more})
+from plumbing.old import hold, option_run as option, read_json, settle, write_json
+from plumbing.ranks import empty, full, gather, rank, sharded, share_of
 
 
 @dataclass(frozen=True)
@@ -78,130 +67,6 @@ class Options:
                 raise ValueError(f"--{f.name.replace('_', '-')} is {value}: {limits}")
 
 
-def parse_options(cls, words):
-    """Flags -> a frozen options object. Unknown flags and wrong values end with one line and code 2."""
-    p = OneLineParser(prog=f"train.py {cls.__name__.removesuffix('Options').lower()}", description=cls.__doc__,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for f in fields(cls):
-        kind = type(f.default)
-        more = {k: v for k, v in f.metadata.items() if k in ("choices", "nargs")}
-        if kind is bool:
-            more["action"] = argparse.BooleanOptionalAction
-        else:
-            more["type"] = str if kind is tuple else kind
-        p.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"], **more)
-    values = vars(p.parse_args(words))
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-# ---------------------------------------------------------------------------------------------------------------- ranks
-#
-# `torchrun --nproc_per_node N train.py ...` starts N processes, the ranks, that train one model: each keeps 1 / N of
-# weights, gradients and optimizer state (FSDP2, arXiv 2304.11277). All draw and decide alike; prompts, groups and
-# examples are dealt out, and what the ranks find is put together. A rank that waits for a message which another never
-# sends waits forever: whatever they exchange, they exchange equally often. Without torchrun there is one rank.
-
-
-def join_ranks(device):
-    """Meet the processes that torchrun started beside this one. ValueError for a --device that they cannot share."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"--device {device}: under torchrun say cpu or cuda; every rank takes the GPU of its number")
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))              # from here on "cuda" is this rank's GPU
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    if rank():
-        sys.stdout = open(os.devnull, "w")                                # the first rank speaks for all
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def ranks():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def gather(value):
-    """What every rank has to say, in the order of the ranks; waits for all of them."""
-    said = [value] * ranks()
-    if ranks() > 1:
-        dist.all_gather_object(said, value)
-    return said
-
-
-@contextmanager
-def first_rank_first():
-    """What is written on first use (a world, its bases) is written by the first rank; the others find it there."""
-    if rank():
-        gather(None)
-    try:
-        yield
-    finally:
-        if not rank():
-            gather(None)
-
-
-def sharded(model):
-    """The model as it is trained: itself where there is one rank, else a twin of which each rank keeps its share.
-
-    The model itself is emptied; `Run.whole` fills it when all weights are needed in one place. In a pass the decoder's
-    layers are gathered one by one. All else (embeddings, vision tower, head) is gathered together: were a block of the
-    tower gathered by itself, a rank that shows no pictures would leave the others waiting there.
-    """
-    if ranks() == 1:
-        return model
-    from torch.distributed.device_mesh import init_device_mesh            # here, because these imports take a second
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-    mesh = init_device_mesh(next(model.parameters()).device.type, (ranks(),))
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)             # bfloat16 gradients are added up in float32
-    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})   # modules of its own, the same parameters
-    for module in (*twin.model.layers, twin):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-    for name in ("log_probs", "group_log_probs"):
-        register_fsdp_forward_method(twin, name)
-    empty(model)
-    return twin
-
-
-def expect_pictures(model, some):
-    """Say before a pass whether any rank shows pictures. If so, a rank without gives zeros as the vision tower's
-    gradient; if not, nobody gives one, and AdamW leaves the tower alone, as it does with one rank."""
-    if ranks() > 1:
-        model.set_reduce_scatter_unused_params(some)
-
-
-def empty(model):
-    for p in model.parameters():
-        p.data = p.data.new_empty(0)
-
-
-def full(tensor):
-    """All of a tensor of which each rank may hold a share."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def share_of(tensor, p):
-    """This rank's share of a full tensor, cut as the parameter p is."""
-    if not hasattr(p, "placements"):
-        return tensor.to(p.device)
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-
-
-class RankRouter(Router):
-    """A router whose model calls are dealt out to the ranks. All draw the noise of all, so the outputs are the same
-    for any number of ranks."""
-
-    def sample(self, talks, generator, n=None):
-        noise, mine = self.noise(talks, generator, n), slice(rank(), None, ranks())
-        outputs = [None] * len(talks)
-        for r, some in enumerate(gather(super().sample(talks[mine], generator, n, noise[mine]))):
-            outputs[r::ranks()] = some
-        return outputs
-
-
 # ---------------------------------------------------------------------------------------------------------------- a run
 
 
@@ -236,8 +101,11 @@ class Run:
     """The folder of a run: what was asked for, what happened, and checkpoints from which it goes on. One process at a
     time (with its ranks) works in it."""
 
-    def __init__(self, options, model, processor, prompts):
+    def __init__(self, options, model, processor, prompts, *, save, load, validate):
+        """save(path, model, origin, prompts) writes a model directory and load(path, model) reads one;
+        validate(options, model, processor, prompts) -> the scores of a validation."""
         self.o, self.plain, self.processor, self.prompts = options, model, processor, prompts
+        self.save_model, self.load_model, self.scores_of = save, load, validate
         self.path = Path(options.out)
         self.path.mkdir(parents=True, exist_ok=True)
         if not rank():
@@ -321,11 +189,7 @@ class Run:
                 if not isinstance(self.state[name], kind) or name != "best" and not 0 <= self.state[name] < math.inf:
                     raise TypeError(f"{name} is {self.state[name]!r}")
             stored = load_file(last / "trainer.safetensors", device="cpu")
-            if hasattr(self.plain, "lora"):
-                load_adapter(self.plain, last)
-            else:
-                saved = VLM.from_pretrained(last, dtype=next(self.plain.parameters()).dtype)
-                self.plain.load_state_dict(saved.state_dict())
+            self.load_model(last, self.plain)
         for log in (self.path / name for name in LOGS if not rank() and (self.path / name).exists()):
             cut_log(log, self.state["step"])
         tell(f"continuing {self.path} after step {self.state['step']}")
@@ -419,15 +283,8 @@ class Run:
         """Answer the validation world's questions greedily through the router. Returns whether this is the best score
         so far."""
         before = self.now()
-        with first_rank_first():
-            world = self.o.val_world or embedded_world("val", "val", 0, 260)
-            bases = world_bases(world)
-        rows, _ = load_questions(Path(world) / "questions.jsonl", limit=self.o.val_questions)
-        as_trained = ("k", "max_steps", "max_new_tokens", "call_tokens")
         with self.whole():
-            router = RankRouter(self.plain, self.processor, bases, prompts=self.prompts,
-                                **{name: getattr(self.o, name) for name in as_trained if hasattr(self.o, name)})
-            scores = evaluate(router.run(rows))
+            scores = self.scores_of(self.o, self.plain, self.processor, self.prompts)
         self.started += self.now() - before                             # validation is not training time
         self.log({"step": step, "validation": scores})
         tell("validation after step {step}: F1-Recall {f1_recall:.3f}, routing {route_accuracy:.3f}, retrievals "
@@ -463,7 +320,7 @@ class Run:
             new = self.path / (name + ".new")
             shutil.rmtree(new, ignore_errors=True)
             try:
-                write_model(new, self.plain, self.o.model, self.prompts)
+                self.save_model(new, self.plain, self.o.model, self.prompts)
                 save_file(stored, new / "trainer.safetensors")
                 write_json(new / "trainer.json", self.state)
                 settle(*new.iterdir(), new, *(self.path / log for log in LOGS if (self.path / log).exists()))
@@ -495,34 +352,3 @@ def tell(line, file=None):
 
 def list_of(value):
     return list(value) if isinstance(value, tuple) else value
-
-
-MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
-               "processor_config.json", "generation_config.json", "chat_template.json", "chat_template.jinja")
-
-
-def write_model(path, model, origin, prompts, dtype=None):
-    """A model directory: our weights (or adapter), and tokenizer, picture settings and prompts of the directory that
-    training started from."""
-    path.mkdir(parents=True, exist_ok=True)
-    for name in MODEL_FILES[1:]:
-        if (Path(origin) / name).exists():
-            shutil.copy(Path(origin) / name, path / name)
-    if prompts:
-        write_json(path / "prompts.json", prompts)
-    save_adapter(model, path) if hasattr(model, "lora") else model.save_pretrained(path, dtype)
-
-
-def open_model(options):
-    """Weights where the directory has them, random ones where it holds a config alone."""
-    path, dtype = Path(options.model), getattr(torch, options.dtype)
-    if not path.is_dir():
-        raise ValueError(f"--model {path}: no such directory")
-    usable_device(options.device)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    fresh = not any(path.glob("*.safetensors"))
-    model = (VLM.from_config(path, options.seed, dtype, options.device) if fresh else
-             VLM.from_pretrained(path, dtype, options.device))
-    model.model.gradient_checkpointing = options.checkpointing
-    return model, Processor.from_pretrained(path), fresh

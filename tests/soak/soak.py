@@ -24,16 +24,24 @@ import numpy as np
 import torch
 from PIL import Image
 
-import train
-from infer import (COSTS, HERE, OneLineParser, Router, load_prompts, load_questions, load_steps, read_rows,
-                   world_bases)
-from model import PICTURES, VLM, Processor, load_picture, read_config, read_json
-from retrieve import read_docs, read_mbeir, read_tables, read_wiki
-from score import answer_scores, exact_match, score_row
-from steps import AnswerStep, RouteStep, StepError, parse_step
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from infer import Router
+from model import VLM, read_config
+from parts.chat import Processor
+from parts.corpora import read_docs, read_mbeir, read_tables, read_wiki
+from parts.evaluate import score_row
+from parts.questions import COSTS, HERE, load_questions
+from parts.score import answer_scores, exact_match
+from parts.stepfiles import load_prompts, load_steps, read_steps
+from parts.steps import AnswerStep, RouteStep, StepError, parse_step
+from parts.vision import PICTURES, load_picture
+from plumbing.old import OneLineParser, read_json, read_rows
+from retrieve import world_bases
 
 TINY = HERE / "weights" / "tiny"
-QUIET = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+QUIET = {"env": {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)},
+         "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 class Clock:
@@ -50,7 +58,8 @@ class Clock:
 
 
 def command(script, *words):
-    return [sys.executable, str(HERE / script), *map(str, words)]
+    program = ["-m", script] if script.startswith("lab.") else [str(HERE / script)]
+    return [sys.executable, *program, *map(str, words)]
 
 
 def must(words):
@@ -141,7 +150,7 @@ STEP = {"step_type": "ret", "problem": "p", "system": "s", "answer": {"query": "
 STEPS = {"images": [], "steps": [STEP, {"step_type": "ans", "problem": "p", "system": "s", "answer": ["a"]}]}
 TABLE = {"page_title": "p", "section_title": "s", "caption": "c", "header": ["a", "b"], "rows": [["1", "2"]]}
 FORMATS = [  # a reader, and a row of what it reads
-    (load_questions, QUESTION), (train.read_steps, STEPS), (load_steps, STEPS), (load_prompts, {"route": "r"}),
+    (load_questions, QUESTION), (read_steps, STEPS), (load_steps, STEPS), (load_prompts, {"route": "r"}),
     (lambda p: read_rows(p, lambda row, number: score_row(row)), RESULT), (lambda p: list(read_tables(p)), [TABLE]),
     (lambda p: list(read_docs(p)), {"id": "1", "text": "t", "title": "T", "image": "x.jpg"}),
     (lambda p: list(read_mbeir(p)), {"did": "1:1", "txt": "t", "img_path": "x.jpg", "modality": "image,text"}),
@@ -315,7 +324,7 @@ def main(argv=None):
         for part in o.parts or PARTS:
             with tempfile.TemporaryDirectory() as name:
                 folder, start = Path(name), time.time()
-                must(command("world.py", "--countries", 40, "--questions", 195, "--out", folder / "w"))
+                must(command("lab.world", "--countries", 40, "--questions", 195, "--out", folder / "w"))
                 report[part], well = PARTS[part](o, folder, folder / "w")
             report[part]["seconds"], held = round(time.time() - start), held and well
     except (ValueError, OSError) as error:

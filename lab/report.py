@@ -32,12 +32,15 @@ from pathlib import Path
 
 import numpy as np
 
-from encode import load_encoder
 from grpo import Reward, RewardOptions, similarity_table, step_reward
-from infer import HERE, OneLineParser, evaluate, read_rows
-from model import load_picture, read_json
-from score import answer_scores, gold_routes, golds_of, plans_of, predicted, printable, score_row
-from steps import NONE, PREFIX, ROUTES, RouteStep, StepError, parse_step, render_answer, render_route
+from parts.evaluate import evaluate, score_row
+from parts.pretrained import load_encoder
+from parts.questions import HERE, gold_routes, golds_of, plans_of, predicted
+from parts.score import answer_scores
+from parts.steps import (NONE, PREFIX, ROUTES, RouteStep, StepError, parse_step, render_answer,
+                         render_route)
+from parts.vision import load_picture
+from plumbing.old import OneLineParser, printable, read_json, read_rows
 
 # ------------------------------------------------------------------------------------------------------ 1 what is read
 
