@@ -1,5 +1,7 @@
-"""Puts the project root on the path, keeps torch on one thread, and says where the golden data lies."""
+"""What all tests share: the project root on the path, one thread, a way to run a script, and small
+worlds and models that are made once. The files that use them only read them."""
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,12 +12,67 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT.parent / "shared" / "golden"
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)          # for `python -m lab.world` from any folder
-torch.set_num_threads(1)                      # the tests are many small things: a second thread only waits
+torch.set_num_threads(1)                      # the tests are many small things: a second thread waits
+
+
+def run(script, *words, **options):
+    """Runs a script as a person would: "infer.py", or a module of the lab, "lab.world"."""
+    start = ["-m", script] if script.startswith("lab.") else [str(ROOT / script)]
+    command = [sys.executable, *start, *map(str, words)]
+    return subprocess.run(command, **{"capture_output": True, "text": True, **options})
+
+
+def made(script, *words):
+    """What `run` gives where it must succeed."""
+    done = run(script, *words)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 @pytest.fixture(scope="session")
 def golden():
-    """Folder with published samples and reference numbers; tests that need it skip where it is absent."""
+    """Folder with published samples and reference numbers; tests that need it skip where it is
+    absent."""
     if not GOLDEN.is_dir():
         pytest.skip(f"no golden data at {GOLDEN}")
     return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Folder of the shipped trained model."""
+    return ROOT / "weights" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm(tiny):
+    """The shipped trained model."""
+    from model import VLM
+    return VLM.from_pretrained(tiny)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Folder of a small training world: 39 questions on 40 countries, with practice files beside
+    it, and a shell of the tiny model in `shell`."""
+    folder = tmp_path_factory.mktemp("world") / "world"
+    made("lab.world", "--split", "train", "--countries", 40, "--questions", 39, "--practice", 8,
+         "--out", folder, "--shell", folder / "shell")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """For bad input: the smallest world `w` with its bases, a random model `m` that fits it, and an
+    `adapter` of that model."""
+    from model import VLM, add_lora, save_adapter
+    from retrieve import world_bases
+    out = tmp_path_factory.mktemp("faults")
+    made("lab.world", "--countries", 12, "--questions", 13, "--out", out / "w",
+         "--shell", out / "m", "--shape", 16, 1, 2, 1, 16)
+    world_bases(out / "w")
+    vlm = VLM.from_config(out / "m", seed=1)
+    vlm.save_pretrained(out / "m")
+    add_lora(vlm, 2, 4)
+    save_adapter(vlm, out / "adapter")
+    return out
