@@ -2,17 +2,19 @@
 pasted, the arithmetic of the worked trajectory is right, tables show what the stored results say,
 line counts are those of the files, and every link leads somewhere."""
 import importlib
+import io
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stdout, suppress
 from functools import lru_cache
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, made
 
 PAGES = {}                                     # name -> text, of README and of everything in docs/
 for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
@@ -49,18 +51,19 @@ STAND_INS = {
 SMALL = {"--questions": "6", "--limit": "4", "--show": "2", "--max-new-tokens": "48",
          "--group": "2", "--seed": "7", "--countries": "60", "--nproc_per_node": "2",
          "--lora-rank": "2"}
-SCRIPTS = {                                    # how a script is called -> its subcommands
-    "infer.py": ("",), "train.py": ("sft", "grpo", "show", "export"),
-    "retrieve.py": ("build", "search", "info", "check"), "tests/soak/soak.py": ("",),
-    "-m lab.world": ("",), "-m lab.report": ("",), "-m lab.bench": ("",),
-    "-m lab.experiment": ("",)}
+SCRIPTS = {                                    # how a script is called -> module, subcommands
+    "infer.py": ("infer", [[]]),
+    "train.py": ("train", [["sft"], ["grpo"], ["show"], ["export"]]),
+    "retrieve.py": ("retrieve", [["build"], ["search"], ["info"], ["check"]]),
+    "lab.world": ("lab.world", [[]]), "lab.report": ("lab.report", [[]]),
+    "lab.bench": ("lab.bench", [[]]), "lab.experiment": ("lab.experiment", [[]])}
 
 
-def run(*words, **options):
-    """A command of this project, which has to succeed; its standard output."""
+def printed_by(*words):
+    """What a Python command prints, which has to succeed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, text=True,
-                          stdin=subprocess.DEVNULL, capture_output=True, **options)
+                          stdin=subprocess.DEVNULL, capture_output=True)
     assert done.returncode == 0, done.stderr[-800:]
     return done.stdout
 
@@ -96,7 +99,7 @@ def commands():
 def world(tmp_path_factory):
     """A small world with its bases, corpora in the published formats, a result file and a run."""
     out = tmp_path_factory.mktemp("readme") / "world"
-    run("-m", "lab.world", "--seed", "3", "--questions", "8", "--countries", "20", "--out", out)
+    made("lab.world", "--seed", "3", "--questions", "8", "--countries", "20", "--out", out)
     home = out.parent
     page = '<doc id="1" url="u" title="Ada">\nAda\n\nAda wrote programs.\n</doc>\n'
     (home / "enwiki").write_text(page)
@@ -105,13 +108,13 @@ def world(tmp_path_factory):
     (home / "tables.json").write_text(json.dumps([table]))
     picture = {"did": "1:1", "txt": "a flag", "img_path": "flags/0.png", "modality": "image,text"}
     (home / "mbeir.jsonl").write_text(json.dumps(picture) + "\n")
-    run("infer.py", "--world", out, "--threads", "1", "--out", home / "results.jsonl")
-    run("train.py", "grpo", "--world", out, "--out", home / "run", "--steps", "1",
-        "--val-world", out, "--val-every", "1", "--val-questions", "2", "--prompts", "4",
-        "--group", "2", "--open-questions", "4", "--threads", "1")
-    run("-m", "lab.world", "--split", "train", "--questions", "6", "--countries", "60",
-        "--out", home / "practice")
-    run("retrieve.py", "build", home / "practice" / "text.jsonl", "--out", home / "practice-kb")
+    made("infer.py", "--world", out, "--threads", "1", "--out", home / "results.jsonl")
+    made("train.py", "grpo", "--world", out, "--out", home / "run", "--steps", "1",
+         "--val-world", out, "--val-every", "1", "--val-questions", "2", "--prompts", "4",
+         "--group", "2", "--open-questions", "4", "--threads", "1")
+    made("lab.world", "--split", "train", "--questions", "6", "--countries", "60",
+         "--out", home / "practice")
+    made("retrieve.py", "build", home / "practice" / "text.jsonl", "--out", home / "practice-kb")
     return out
 
 
@@ -122,8 +125,8 @@ def demo(tmp_path_factory):
     options = re.search(r"lab\.world (.*--out )data/demo\n", makefile)[1]
     asked = re.search(r"infer\.py --world data/demo (.*)", makefile)[1]
     folder = tmp_path_factory.mktemp("demo") / "demo"
-    run("-m", "lab.world", *shlex.split(options), folder)
-    return folder, run("infer.py", "--world", folder, *shlex.split(asked))
+    made("lab.world", *shlex.split(options), folder)
+    return folder, made("infer.py", "--world", folder, *shlex.split(asked)).stdout
 
 
 # ---------------------------------------------------------------------------------- commands
@@ -171,17 +174,20 @@ def test_command_runs(command, world, tmp_path):
             words += ["--world", str(world), "--prompts", "4"]
     if "build" in words:
         put(words, "--out", str(tmp_path / "kb"))
-    run(*words)
+    printed_by(*words)
 
 
 @lru_cache(maxsize=None)
 def flags_of(script):
     """All flags that a script has, of its subcommands too."""
-    found = set()
-    for subcommand in SCRIPTS[script]:
-        text = run(*script.split(), *subcommand.split(), "--help")
-        found |= set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", text))
-    return found
+    module, subcommands = SCRIPTS[script]
+    main = importlib.import_module(module).main
+    text = io.StringIO()
+    for words in subcommands:
+        with redirect_stdout(text), suppress(SystemExit), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [module, *words, "--help"])
+            main()
+    return set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", text.getvalue()))
 
 
 def test_flags_in_the_sentences_are_flags_of_the_scripts():
@@ -215,7 +221,7 @@ def test_names_of_functions_exist():
 def test_the_snippet_prints_what_its_comment_says(demo):
     folder, _ = demo
     [snippet] = blocks(README, "python")
-    printed = run("-c", snippet.replace("data/demo", str(folder)))
+    printed = printed_by("-c", snippet.replace("data/demo", str(folder)))
     assert printed.strip() == re.search(r"# (.*)\n$", snippet)[1].strip()
 
 
