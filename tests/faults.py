@@ -1,19 +1,22 @@
 """Bad input, the table's machinery: a folder where a case spoils something, a command run in this process, and what must
 be told of it."""
-import infer
 import json
-import model
 import os
-import retrieve
 import shutil
 import signal
 import struct
 import sys
-import train
 import zlib
-from lab import report, world as world_script
 from pathlib import Path
+
+from PIL import Image
 from safetensors.torch import load_file, save_file
+
+import infer
+import model
+import retrieve
+import train
+from lab import report, world as world_script
 
 
 # name -> module, and what its messages begin with

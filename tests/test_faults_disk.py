@@ -1,18 +1,20 @@
 """Full disks, read-only places and two writers at once: nothing is lost and nothing half-written."""
 import ctypes
-import infer
 import os
-import pytest
 import re
 import resource
-import retrieve
 import struct
 import subprocess
 import sys
 from contextlib import contextmanager
-from lab import report
 from pathlib import Path
+
+import pytest
+
+import infer
+import retrieve
 from faults import Bad, SCRIPTS, asking, build, call, disk, export, table
+from lab import report
 
 
 FULL = {  # the command, the largest file in bytes that fits, and what must be told

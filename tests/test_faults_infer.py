@@ -1,16 +1,18 @@
 """Bad questions, step files, prompts, result rows and flags of infer.py (faults.py says how)."""
-import infer
 import json
-import model
 import os
-import pytest
 import sys
 import threading
-import train
+
+import pytest
 from PIL import Image
+
+import infer
+import model
+import train
+from faults import Bad, asking, call, check, png, secret, step_row, table
 from parts.questions import COSTS, embedded_world
 from parts.stepfiles import read_steps
-from faults import Bad, asking, call, check, png, secret, step_row, table
 
 
 CASES, case = table()

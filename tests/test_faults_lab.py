@@ -1,9 +1,11 @@
 """Bad flags, logs and places of lab.world and lab.report (faults.py says how)."""
 import json
+
 import pytest
+
 import train
-from lab import report
 from faults import check, table
+from lab import report
 
 
 CASES, case = table()

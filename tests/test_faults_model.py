@@ -1,17 +1,19 @@
 """Bad weights, configs, tokenizers, pictures and adapters (faults.py says how)."""
 import json
-import model
 import os
-import pytest
 import struct
-import torch
-import train
 import zlib
+
+import pytest
+import torch
 from PIL import Image
-from parts.chat import Processor
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+
+import model
+import train
 from faults import Bad, check, export, png, table
+from parts.chat import Processor
 
 
 CASES, case = table()

@@ -1,18 +1,20 @@
 """Bad corpora, indexes and bases (faults.py says how)."""
-import infer
 import json
-import model
-import numpy as np
-import pytest
-import retrieve
 import shutil
 import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
 from PIL import Image
+
+import infer
+import model
+import retrieve
+from faults import Bad, build, call, check, png, secret, table
 from parts.corpora import read_docs
 from parts.store import text_sum
-from pathlib import Path
 from plumbing.old import checksum
-from faults import Bad, build, call, check, png, secret, table
 
 
 CASES, case = table()

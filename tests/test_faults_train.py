@@ -1,20 +1,22 @@
 """Bad checkpoints, runs and flags of train.py (faults.py says how)."""
 import json
-import model
 import os
-import pytest
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 import torch
+from safetensors.torch import load_file
+
+import model
 import train
 from conftest import ROOT
-from pathlib import Path
-from plumbing.run import LOGS, Run
-from safetensors.torch import load_file
 from faults import Bad, call, check, disk, export, table
+from plumbing.run import LOGS, Run
 
 
 CASES, case = table()

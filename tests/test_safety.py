@@ -1,12 +1,14 @@
 """Nothing that is read runs code."""
 import ast
-import model
-import numpy as np
 import os
-import pytest
 import re
 import subprocess
+
+import numpy as np
+import pytest
 import torch
+
+import model
 from conftest import ROOT
 
 
