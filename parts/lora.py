@@ -1,25 +1,29 @@
-"""Adapters (LoRA) beside the decoder's matrices, in peft's file format."""
-import math
-import os
+"""Adapters (LoRA) beside the model's matrices, in peft's file format.
+
+    add_lora -> trained -> save_adapter ... load_adapter
+    lora_disabled: the base model, for as long as it is needed       merge_lora: one model again
+
+Source: LoRA (arXiv 2106.09685).
+"""
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from plumbing.old import read_json, settle, write_json
-from plumbing.weights import WEIGHT_TYPES, finite, our_name
+from parts.config import our_name, published_name
+from plumbing.files import read_json, write_json
+from plumbing.options import check_options, fill, option
+from plumbing.weights import read_weights, write_weights
 
-
-# ----------------------------------------------------------------------------------------------------------------- LoRA
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + b + (alpha / rank) B A x, with W and b frozen (arXiv 2106.09685). Names of W and b stay those of the
-    layer it replaces."""
+    """y = W x + b + (alpha / rank) B A x, with W and b frozen. W and b keep their names."""
+
     def __init__(self, base, rank, alpha, generator=None):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -27,153 +31,199 @@ class LoRALinear(nn.Linear):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        like = dict(dtype=base.weight.dtype, device=base.weight.device)
-        A = torch.empty(rank, base.in_features, **like).normal_(0, base.in_features ** -0.5, generator=generator)
-        B = torch.zeros(base.out_features, rank, **like)                # zero: training starts from the base exactly
-        self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
-        self.rank, self.alpha, self.enabled = rank, alpha, True
+        A = base.weight.new_empty(rank, base.in_features)
+        A.normal_(0, base.in_features ** -0.5, generator=generator)
+        B = base.weight.new_zeros(base.out_features, rank)      # training starts from the base
+        self.lora_A = nn.Parameter(A)
+        self.lora_B = nn.Parameter(B)
+        self.rank, self.alpha = rank, alpha
+        self.enabled = True
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
-        return y + F.linear(F.linear(x, self.lora_A), self.lora_B) * (self.alpha / self.rank) if self.enabled else y
+        if not self.enabled:
+            return y
+        return y + F.linear(F.linear(x, self.lora_A), self.lora_B) * (self.alpha / self.rank)
 
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+@dataclass(frozen=True)
+class LoraConfig:
+    """What adapter_config.json says of an adapter's size, in peft's words."""
+    r: int = option(least=1, most=4096)             # the rank
+    lora_alpha: float = option(least=1e-9)
 
-
-def check_rank(rank, alpha, where):
-    """Raise ValueError for an adapter of impossible size, before it is allocated."""
-    if type(rank) is not int or not 1 <= rank <= 4096:
-        raise ValueError(f"{where}: the adapter's rank is {rank!r}, expected a whole number from 1 to 4096")
-    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-        raise ValueError(f"{where}: lora_alpha is {alpha!r}, expected a positive number")
+    def __post_init__(self):
+        check_options(self)
 
 
 def add_lora(vlm, rank=16, alpha=32, targets=LORA_TARGETS, seed=0):
-    """Freeze the model and give each linear layer whose name ends with a target an adapter, be it our name or the newer
-    published one (`published_name`).
+    """Freezes the model and gives each linear layer that a target names an adapter.
 
-    Returns the trainable parameters. Raises ValueError, with nothing changed, where a target names no layer or the head
-    (whose weight is used without its layer), and where the model has an adapter.
+    A target is the end of a layer's name, be it ours or the newer published one. Returns the
+    trainable parameters. ValueError, with nothing changed, where a target names no layer or the
+    head (whose weight is used without its layer), and where the model has an adapter.
     """
-    check_rank(rank, alpha, "add_lora")
+    LoraConfig(rank, alpha)
     if hasattr(vlm, "lora"):
         raise ValueError("add_lora: the model has an adapter already: merge_lora first")
-    layers = [name for name, m in vlm.named_modules() if isinstance(m, nn.Linear)]
-    ends = lambda name, target: ("." + name).endswith("." + target)
-    found = {t: [name for name in layers if ends(name, t) or ends(published_name(name), t)] for t in targets}
-    if not found or (empty := [t for t, names in found.items() if not names]):
-        raise ValueError(f"add_lora: no linear layer is named {', '.join(empty) if found else 'in targets'}")
-    if head := [t for t, names in found.items() if "lm_head" in names]:
-        raise ValueError(f"add_lora: target {head[0]!r} is the head, which takes no adapter: leave it out")
+    layers_of = target_layers(vlm, targets)
     vlm.requires_grad_(False)
     generator = torch.Generator(next(vlm.parameters()).device).manual_seed(seed)
-    for name in dict.fromkeys(name for names in found.values() for name in names):
-        parent, last = name.rsplit(".", 1)
-        setattr(vlm.get_submodule(parent), last, LoRALinear(vlm.get_submodule(name), rank, alpha, generator))
-    # as peft finds them: by published names, of modules of any kind
-    named = {t: [t] if {name for name, _ in vlm.named_modules() if ends(published_name(name), t)} == set(names) else
-             [published_name(name) for name in names] for t, names in found.items()}
-    vlm.lora = {"r": rank, "lora_alpha": alpha, "target_modules": [name for names in named.values() for name in names]}
+    for name in unique_layers(layers_of):
+        layer = vlm.get_submodule(name)
+        replace_layer(vlm, name, LoRALinear(layer, rank, alpha, generator))
+    published = published_targets(vlm, layers_of)
+    vlm.lora = {"r": rank, "lora_alpha": alpha, "target_modules": published}
     return [p for p in vlm.parameters() if p.requires_grad]
+
+
+def target_layers(vlm, targets):
+    """{target: names of its linear layers}. ValueError for a target that can have no adapter."""
+    if not targets:
+        raise ValueError("add_lora: no targets: name at least one layer")
+    linear = [name for name, module in vlm.named_modules() if isinstance(module, nn.Linear)]
+    layers_of = {}
+    for target in targets:
+        layers_of[target] = [name for name in linear if is_named(name, target)]
+        if not layers_of[target]:
+            raise ValueError(f"add_lora: no linear layer is named {target}")
+        if "lm_head" in layers_of[target]:
+            raise ValueError(f"add_lora: target {target!r} is the head, which takes no adapter: "
+                             "leave it out")
+    return layers_of
+
+
+def is_named(name, target):
+    """Whether our name of a layer, or its published one, ends with the words of the target."""
+    return any(f".{full}".endswith(f".{target}") for full in (name, published_name(name)))
+
+
+def unique_layers(layers_of):
+    """The layers of all targets, each once, in order."""
+    names = []
+    for layers in layers_of.values():
+        names += [name for name in layers if name not in names]
+    return names
+
+
+def published_targets(vlm, layers_of):
+    """Targets that make peft choose the same layers. It looks at the ends of published names, of
+    modules of any kind; where that would be more or less, each layer is named in full."""
+    names = [name for name, _ in vlm.named_modules()]
+    targets = []
+    for target, layers in layers_of.items():
+        chosen = [name for name in names if f".{published_name(name)}".endswith(f".{target}")]
+        if set(chosen) == set(layers):
+            targets.append(target)
+        else:
+            targets += [published_name(name) for name in layers]
+    return targets
+
+
+def replace_layer(vlm, name, layer):
+    """Puts a layer in the place of the one of this name."""
+    parent, last = name.rsplit(".", 1)
+    setattr(vlm.get_submodule(parent), last, layer)
+
+
+def lora_layers(vlm):
+    """[(name, layer)] of the layers with an adapter."""
+    return [(name, m) for name, m in vlm.named_modules() if isinstance(m, LoRALinear)]
 
 
 @contextmanager
 def lora_disabled(vlm):
     """Inside this block the model is its base: the reference policy of the KL term, for free."""
-    adapters = [m for m in vlm.modules() if isinstance(m, LoRALinear)]
-    for m in adapters:
-        m.enabled = False
+    layers = lora_layers(vlm)
+    for _, layer in layers:
+        layer.enabled = False
     try:
         yield vlm
     finally:
-        for m in adapters:
-            m.enabled = True
-
-
-def published_name(name):
-    """Our name of a layer or parameter -> that of the newer published layout."""
-    return "model.language_model." + name[len("model."):] if name.startswith("model.") else "model." + name
-
-
-def adapter_name(name):
-    """Our parameter name -> peft's: base_model.model. + the newer published path, `.weight` behind lora_A, lora_B."""
-    return f"base_model.model.{published_name(name)}.weight"
-
-
-def save_adapter(vlm, path):
-    """Write the adapter as peft reads it: adapter_config.json and adapter_model.safetensors."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    tensors = {adapter_name(n): p.detach().cpu().contiguous() for n, p in vlm.named_parameters() if "lora_" in n}
-    if not tensors:
-        raise ValueError("save_adapter: this model has no adapter; call add_lora first")
-    save_file(tensors, path / "adapter_model.safetensors.new", metadata={"format": "pt"})
-    settle(path / "adapter_model.safetensors.new")
-    os.replace(path / "adapter_model.safetensors.new", path / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0, **vlm.lora}
-    write_json(path / "adapter_config.json", config)
-
-
-def load_adapter(vlm, path):
-    """Read an adapter in peft's format into a model, adding the layers where it has none.
-
-    Raises ValueError that names every key that does not fit, with nothing changed.
-    """
-    config = read_json(Path(path) / "adapter_config.json")
-    plain = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none", "modules_to_save": None,
-             "layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {}, "use_qalora": False,
-             "alora_invocation_tokens": None, "layer_replication": None}
-    for name, value in plain.items():
-        if (config.get(name) or value or None) != (value or None):
-            raise ValueError(f"{path}: {name} is {config[name]!r}, this code supports {value!r} only")
-    if (start := config.get("init_lora_weights")) not in (True, False, None, "gaussian"):
-        raise ValueError(f"{path}: init_lora_weights is {start!r}: such an adapter may belong to a changed base")
-    targets = config.get("target_modules")
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise ValueError(f"{path}: target_modules is {targets!r}, expected a list of layer names")
-    check_rank(config.get("r"), config.get("lora_alpha"), path)
-    theirs, file = {}, Path(path) / "adapter_model.safetensors"
-    try:
-        with safe_open(file, framework="pt", device="cpu") as f:
-            for key in f.keys():
-                if (kind := f.get_slice(key).get_dtype()) not in WEIGHT_TYPES:
-                    raise ValueError(f"{file}: {key} is of type {kind} instead of {', '.join(WEIGHT_TYPES)}")
-                theirs[our_name(key.removeprefix("base_model.model.")).removesuffix(".weight")] = f.get_tensor(key)
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{file}: not a readable safetensors file ({e})") from None
-    trainable = [weight.requires_grad for weight in vlm.parameters()]
-    if new := not hasattr(vlm, "lora"):
-        add_lora(vlm, config["r"], config["lora_alpha"], tuple(targets))
-    if vlm.lora["lora_alpha"] != config["lora_alpha"]:
-        raise ValueError(f"{path}: lora_alpha is {config['lora_alpha']}, "
-                         f"the model's adapter has {vlm.lora['lora_alpha']}")
-    ours = {n: p for n, p in vlm.named_parameters() if "lora_" in n}
-    bad = [f"missing: {n}" for n in sorted(set(ours) - set(theirs))]
-    bad += [f"unexpected: {n}" for n in sorted(set(theirs) - set(ours))]
-    bad += [f"shape {list(theirs[n].shape)} instead of {list(ours[n].shape)}: {n}"
-            for n in ours if n in theirs and theirs[n].shape != ours[n].shape]
-    bad += [f"infinite or not a number: {n}" for n in ours if n in theirs and not finite(theirs[n])]
-    if bad:
-        if new:
-            merge_lora(vlm)                                             # B is zero: the weights stay what they are
-            for weight, trained in zip(vlm.parameters(), trainable):
-                weight.requires_grad_(trained)
-        raise ValueError(f"{path}: {len(bad)} adapter weights do not fit: {'; '.join(bad)}")
-    with torch.no_grad():
-        for n, p in ours.items():
-            p.copy_(theirs[n])
+        for _, layer in layers:
+            layer.enabled = True
 
 
 def merge_lora(vlm):
-    """Fold the adapters into the weights: W <- W + (alpha / rank) B A. Afterwards the model is an ordinary full
-    checkpoint."""
-    for name, m in list(vlm.named_modules()):
-        if isinstance(m, LoRALinear):
-            plain = nn.Linear(m.in_features, m.out_features, bias=m.bias is not None, device="meta")
-            plain.weight = nn.Parameter(m.weight + (m.lora_B @ m.lora_A) * (m.alpha / m.rank))
-            plain.bias = m.bias
-            parent, last = name.rsplit(".", 1)
-            setattr(vlm.get_submodule(parent), last, plain)
+    """Folds the adapters into the weights: W <- W + (alpha / rank) B A. Afterwards the model is an
+    ordinary one, and all of it trains."""
+    for name, layer in lora_layers(vlm):
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
+        product = (layer.lora_B @ layer.lora_A) * (layer.alpha / layer.rank)
+        plain.weight = nn.Parameter(layer.weight + product)
+        plain.bias = layer.bias
+        replace_layer(vlm, name, plain)
     vlm.__dict__.pop("lora", None)
     return vlm.requires_grad_(True)
+
+
+# -------------------------------------------------------------------------------------------- files
+
+def save_adapter(vlm, path):
+    """Writes the adapter as peft reads it: adapter_config.json and adapter_model.safetensors."""
+    tensors = {}
+    for name, p in vlm.named_parameters():
+        if "lora_" in name:
+            key = f"base_model.model.{published_name(name)}.weight"
+            tensors[key] = p.detach().cpu().contiguous()
+    if not tensors:
+        raise ValueError("save_adapter: this model has no adapter; call add_lora first")
+    write_weights(tensors, Path(path) / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0}
+    write_json(Path(path) / "adapter_config.json", {**config, **vlm.lora})
+
+
+# What peft can do and this file cannot: fields of adapter_config.json with the values that they may
+# have, beside null and what is empty or false.
+SUPPORTED = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian"],
+             "use_dora": [], "use_rslora": [], "use_qalora": [], "modules_to_save": [],
+             "layers_to_transform": [], "rank_pattern": [], "alpha_pattern": [],
+             "alora_invocation_tokens": [], "layer_replication": []}
+
+
+def load_adapter(vlm, path):
+    """Reads an adapter in peft's format into a model, adding the layers where it has none.
+
+    ValueError names every key that does not fit, with nothing changed.
+    """
+    values = read_json(Path(path) / "adapter_config.json")
+    for name, supported in SUPPORTED.items():
+        value = values.get(name)
+        if value and value not in supported:
+            raise ValueError(f"{path}: {name} is {value!r}, this code supports "
+                             f"{supported[0] if supported else None!r} only")
+    targets = values.get("target_modules")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"{path}: target_modules is {targets!r}, expected a list of layer names")
+    config = fill(LoraConfig, values, path)
+    if hasattr(vlm, "lora") and vlm.lora["lora_alpha"] != config.lora_alpha:
+        raise ValueError(f"{path}: lora_alpha is {config.lora_alpha}, the model's adapter has "
+                         f"{vlm.lora['lora_alpha']}")
+
+    dtype = next(vlm.parameters()).dtype
+    file = Path(path) / "adapter_model.safetensors"
+    weights = read_weights([file], adapter_shapes(vlm, config.r, targets), our_adapter_name,
+                           dtype=dtype)
+    if not hasattr(vlm, "lora"):
+        add_lora(vlm, values["r"], values["lora_alpha"], targets)
+    parameters = dict(vlm.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            parameters[name].copy_(weight)
+
+
+def our_adapter_name(key):
+    """peft's name of an adapter's matrix -> our parameter."""
+    return our_name(key.removeprefix("base_model.model.")).removesuffix(".weight")
+
+
+def adapter_shapes(vlm, rank, targets):
+    """{name: shape} of the adapter that the model has, or will have for these targets."""
+    if hasattr(vlm, "lora"):
+        return {name: p.shape for name, p in vlm.named_parameters() if "lora_" in name}
+    shapes = {}
+    for name in unique_layers(target_layers(vlm, targets)):
+        layer = vlm.get_submodule(name)
+        shapes[f"{name}.lora_A"] = (rank, layer.in_features)
+        shapes[f"{name}.lora_B"] = (layer.out_features, rank)
+    return shapes

@@ -1,4 +1,14 @@
-"""A picture file becomes image tokens: reading it, its size, and the vision tower of Qwen2.5-VL."""
+"""A picture file becomes image tokens: reading it, cutting it into patches, the vision tower.
+
+    file -> load_picture -> RGB -> picture_patches: its size, patches (P, numbers) -> VisionTower
+         -> image tokens (P / 4, C), in reading order
+
+Shapes: P patches of all pictures of a batch, one behind the other; H heads, D head dimension. A
+picture's grid is (t, h, w) patches; a block of 2 x 2 patches becomes one image token.
+
+Source: Qwen2.5-VL technical report (arXiv 2502.13923). Deviation: pictures only, no video. The
+tower could read several frames, but a picture is one.
+"""
 import functools
 import math
 import os
@@ -7,78 +17,231 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 
 from parts.layers import RMSNorm, SwiGLU, rotate, turns
-from plumbing.old import read_json
+from plumbing.files import read_json
+from plumbing.options import fill, option
 
-# -------------------------------------------------------------------------------------------------------- configuration
+
+# ------------------------------------------------------------------------------------ picture files
+
+# Pillow reads more, but a file need not be what its name says, and some formats start programs
+# (EPS: Ghostscript).
+PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+# What Pillow raises for a damaged picture; the last three when it writes a damaged EXIF note anew.
+DAMAGED = (Image.DecompressionBombError, Image.DecompressionBombWarning, OSError, SyntaxError,
+           ValueError, TypeError, struct.error)
+
+
+def load_picture(image):
+    """A path or a PIL picture -> a PIL picture in RGB, turned upright by its EXIF note.
+
+    ValueError names a file that is no picture of the formats PICTURES, or that unpacks to more than
+    Pillow's limit of 90 million pixels.
+    """
+    try:
+        picture = upright(image)
+        if picture.has_transparency_data:       # white shines through, as in the published code
+            picture = picture.convert("RGBA")
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture)
+        return picture.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"{image}: no such picture") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{image}: not a readable picture; these formats are read: "
+                         f"{', '.join(PICTURES)}") from None
+    except DAMAGED as error:
+        raise ValueError(f"{image}: not a readable picture ({error})") from None
+
+
+def upright(image):
+    """A path or a PIL picture -> a PIL picture that is loaded and turned by its EXIF note."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                             # damaged notes in a picture
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        if isinstance(image, Image.Image):
+            return ImageOps.exif_transpose(image)
+        if os.path.exists(image) and not os.path.isfile(image):     # a pipe would wait for a writer
+            raise OSError("no regular file")
+        with Image.open(image, formats=PICTURES) as picture:
+            picture.load()
+        return ImageOps.exif_transpose(picture)
+
+
+# --------------------------------------------------------------------------------- patches
+
+def edge(default, most):
+    return option(default, least=1, most=most)
 
 
 @dataclass(frozen=True)
-class VisionConfig:
-    """Sizes of the vision tower. The defaults are those that checkpoints leave out of config.json."""
-    depth: int = 32
-    hidden_size: int = 1280
-    intermediate_size: int = 3420
-    num_heads: int = 16
-    in_channels: int = 3
-    patch_size: int = 14                              # pixels
-    temporal_patch_size: int = 2                      # a still picture is shown twice
-    spatial_merge_size: int = 2                       # 2 x 2 patches become one image token
-    window_size: int = 112                            # pixels: attention is local to windows of 8 x 8 patches ...
-    fullatt_block_indexes: tuple = (7, 15, 23, 31)    # ... except in these blocks
+class PictureSettings:
+    """How pictures become patches. Fields with one choice say what else is not implemented."""
+    patch_size: int = edge(14, most=100)                    # pixels
+    temporal_patch_size: int = edge(2, most=10)             # frames; a picture is shown in each
+    merge_size: int = edge(2, most=10)                      # patches along a side of an image token
+    min_pixels: int = edge(56 * 56, most=2 ** 26)
+    max_pixels: int = edge(28 * 28 * 1280, most=2 ** 26)
+    image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)     # of red, green, blue from 0 to 1
+    image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
+    do_resize: bool = option(True, choices=(True,))
+    do_rescale: bool = option(True, choices=(True,))
+    do_normalize: bool = option(True, choices=(True,))
+    resample: int = option(3, choices=(3,))                 # bicubic
+    rescale_factor: float = option(1 / 255, least=0.00391, most=0.00393)
 
 
-# --------------------------------------------------------------------------------------------------------- vision tower
+def read_picture_settings(path):
+    """PictureSettings of a model directory. ValueError names the field that does not fit."""
+    values = picture_settings(path)
+    where = f"{path}: picture settings"
+    size = values.get("size") or {}
+    if not isinstance(size, dict):
+        raise ValueError(f"{where}: size is {str(size)[:40]!r}, expected an object")
+    values = dict(values)
+    for name, newer in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        if values.get(name) is None:
+            values[name] = size.get(newer)
+    for name, least in (("image_mean", -math.inf), ("image_std", 0)):
+        if name in values:
+            values[name] = colour(values[name], least, f"{where}: {name}")
+    return fill(PictureSettings, values, where)
 
+
+def colour(values, least, name):
+    """A list of three numbers above `least` as a tuple."""
+    if isinstance(values, list) and len(values) == 3:
+        numbers = [x for x in values if type(x) in (int, float) and least < x < math.inf]
+        if len(numbers) == 3:
+            return tuple(numbers)
+    raise ValueError(f"{name} is {str(values)[:40]!r}, expected three numbers above {least}")
+
+
+def picture_settings(path):
+    """Picture settings of a model directory as they stand there, a dict: the part of
+    processor_config.json in which newer releases of transformers save them, else
+    preprocessor_config.json."""
+    older, newer = Path(path) / "preprocessor_config.json", Path(path) / "processor_config.json"
+    if not newer.is_file():
+        return read_json(older)
+    settings = read_json(newer).get("image_processor")
+    if settings is None and not older.is_file():
+        raise ValueError(f"{newer}: no picture settings ('image_processor'), and there is no "
+                         f"{older.name}")
+    if settings is None:
+        return read_json(older)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{newer}: image_processor is {str(settings)[:40]!r}, expected an object")
+    return settings
+
+
+def smart_resize(height, width, factor, min_pixels, max_pixels):
+    """Published rule: both sides multiples of `factor`, the area within the limits, the shape kept
+    as well as that allows. Pixels in, pixels out.
+
+    ValueError for a picture that is more than 200 times longer than wide.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"a picture of {width} x {height} pixels is more than 200 times longer "
+                         "than wide; cut it first")
+    h = round(height / factor) * factor
+    w = round(width / factor) * factor
+    if h * w > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        h = max(factor, math.floor(height / shrink / factor) * factor)
+        w = max(factor, math.floor(width / shrink / factor) * factor)
+    elif h * w < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        h = math.ceil(height * grow / factor) * factor
+        w = math.ceil(width * grow / factor) * factor
+    return h, w
+
+
+def picture_patches(image, settings):
+    """A path or a PIL picture -> its patches (P, 3 * frames * size^2) float32, those of a block
+    next to each other, and its grid (1, h, w)."""
+    image = load_picture(image)
+    p, m = settings.patch_size, settings.merge_size
+    height, width = smart_resize(image.height, image.width, p * m, settings.min_pixels,
+                                 settings.max_pixels)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    mean = np.array(settings.image_mean, dtype=np.float32)
+    std = np.array(settings.image_std, dtype=np.float32)
+    x = np.asarray(image, dtype=np.float32) / 255
+    x = (x - mean) / std                                            # (height, width, 3)
+
+    h, w = height // p, width // p
+    x = x.transpose(2, 0, 1).reshape(3, h // m, m, p, w // m, m, p)
+    # channel, block row, row, y, block column, column, x -> block row, block column, row, column,
+    # channel, y, x
+    x = x.transpose(1, 4, 2, 5, 0, 3, 6)
+    x = x[:, :, :, :, :, None].repeat(settings.temporal_patch_size, axis=5)     # frame before y, x
+    return torch.from_numpy(x.reshape(h * w, -1)), (1, h, w)
+
+
+# ------------------------------------------------------------------------------------- vision tower
 
 @functools.lru_cache(maxsize=1024)
 def patch_layout(grid, merge, window):
-    """Where the patches of one picture stand, in window order.
+    """Where the patches of one picture stand, in the order of windows.
 
-    grid (t, h, w) in patches; merge: patches per token side; window: tokens per window side.
-    The processor emits patches in 2 x 2 blocks (a block = one image token). The tower sorts the blocks by window;
-    ragged windows at the right and lower edge are shorter.
-    Returns rows (P,), columns (P,), order (P / merge^2,) of the blocks, window lengths in patches.
+    grid (t, h, w) in patches; merge: patches along a side of a block; window: blocks along a side
+    of a window. Patches come in blocks of merge x merge, an image token each. The tower sorts the
+    blocks by window; the windows at the right and lower edge may be smaller.
+    Returns the rows (P,) and columns (P,) of patches, the order (blocks,) of blocks, and how many
+    patches each window has.
     """
     t, h, w = grid
-    bh, bw, unit = h // merge, w // merge, merge * merge
-    block = torch.arange(bh * bw).view(bh, bw)
+    high, wide = h // merge, w // merge                             # blocks of a frame
+    unit = merge * merge
+    block = torch.arange(high * wide).view(high, wide)
     order, lengths = [], []
-    for top in range(0, bh, window):
-        for left in range(0, bw, window):
+    for top in range(0, high, window):
+        for left in range(0, wide, window):
             members = block[top:top + window, left:left + window].flatten()
             order.append(members)
             lengths.append(len(members) * unit)
-    order = torch.cat(order)
+    order = torch.cat(order)                                        # (blocks of a frame,)
     inside = torch.arange(unit)
-    rows = (order // bw)[:, None] * merge + inside // merge            # (blocks, unit)
-    cols = (order % bw)[:, None] * merge + inside % merge
-    frames = torch.cat([order + f * bh * bw for f in range(t)])        # each frame is attended by itself
-    return rows.flatten().repeat(t), cols.flatten().repeat(t), frames, lengths * t
+    rows = (order // wide)[:, None] * merge + inside // merge       # (blocks of a frame, unit)
+    columns = (order % wide)[:, None] * merge + inside % merge
+    frames = torch.cat([order + frame * high * wide for frame in range(t)])     # each by itself
+    return rows.flatten().repeat(t), columns.flatten().repeat(t), frames, lengths * t
 
 
 def attend_blocks(q, k, v, lengths):
-    """Attention inside consecutive blocks of patches. Blocks of one length are one batch.
+    """Attention inside consecutive stretches of patches. Those of one length are one batch.
 
-    q, k, v (P, H, D); lengths of the blocks sum to P.
+    q, k, v (P, H, D); lengths sum to P. Returns (P, H, D).
     """
     P, H, D = q.shape
     if len(set(lengths)) == 1:
-        split = lambda x: x.view(-1, lengths[0], H, D).transpose(1, 2)                   # (blocks, H, length, D)
-        return F.scaled_dot_product_attention(split(q), split(k), split(v)).transpose(1, 2).reshape(P, H, D)
+        shape = (-1, lengths[0], H, D)
+        y = attend_batch(q.view(shape), k.view(shape), v.view(shape))
+        return y.reshape(P, H, D)
     sizes = torch.tensor(lengths)
     starts = sizes.cumsum(0) - sizes
     out = torch.empty_like(q)
     for length in sorted(set(lengths)):
-        where = (starts[sizes == length][:, None] + torch.arange(length)).to(q.device)     # (blocks, length)
-        y = F.scaled_dot_product_attention(*(x[where].transpose(1, 2) for x in (q, k, v)))  # (blocks, H, length, D)
-        out[where] = y.transpose(1, 2)
+        start = starts[sizes == length]
+        place = (start[:, None] + torch.arange(length)).to(q.device)        # (stretches, length)
+        out[place] = attend_batch(q[place], k[place], v[place])
     return out
+
+
+def attend_batch(q, k, v):
+    """Attention of q, k, v (stretches, length, H, D) inside each stretch, in the same shape."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, v)                     # (stretches, H, length, D)
+    return y.transpose(1, 2)
 
 
 class VisionAttention(nn.Module):
@@ -89,15 +252,18 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(c.hidden_size, c.hidden_size)
 
     def forward(self, x, cos, sin, lengths):
-        q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)      # (P, H, D) each
-        y = attend_blocks(rotate(q, cos, sin), rotate(k, cos, sin), v, lengths)
-        return self.proj(y.reshape(len(x), -1))
+        P = len(x)
+        q, k, v = self.qkv(x).view(P, 3, self.heads, -1).unbind(1)          # (P, H, D) each
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = attend_blocks(q, k, v, lengths)
+        return self.proj(y.reshape(P, -1))
 
 
 class VisionBlock(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.norm1, self.norm2 = RMSNorm(c.hidden_size, 1e-6), RMSNorm(c.hidden_size, 1e-6)
+        self.norm1 = RMSNorm(c.hidden_size, 1e-6)
+        self.norm2 = RMSNorm(c.hidden_size, 1e-6)
         self.attn = VisionAttention(c)
         self.mlp = SwiGLU(c.hidden_size, c.intermediate_size, bias=True)
 
@@ -107,13 +273,14 @@ class VisionBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """A convolution whose stride is its kernel is a matrix product with each patch; the weight keeps its published 5-D
-    shape."""
+    """A convolution whose stride is its kernel is a matrix product with each patch. The weight
+    keeps its published shape of five axes."""
+
     def __init__(self, c):
         super().__init__()
+        shape = (c.hidden_size, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size)
         self.proj = nn.Module()
-        self.proj.weight = nn.Parameter(torch.empty(
-            c.hidden_size, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size))
+        self.proj.weight = nn.Parameter(torch.empty(shape))
 
     def forward(self, patches):
         return F.linear(patches, self.proj.weight.flatten(1))
@@ -121,114 +288,63 @@ class PatchEmbed(nn.Module):
 
 class PatchMerger(nn.Module):
     """2 x 2 neighbouring patches -> one token of the decoder's width."""
+
     def __init__(self, c, out_size):
         super().__init__()
-        inner = c.hidden_size * c.spatial_merge_size ** 2
-        self.inner = inner
+        self.inner = c.hidden_size * c.spatial_merge_size ** 2
         self.ln_q = RMSNorm(c.hidden_size, 1e-6)
-        self.mlp = nn.Sequential(nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, out_size))
+        self.mlp = nn.Sequential(nn.Linear(self.inner, self.inner), nn.GELU(),
+                                 nn.Linear(self.inner, out_size))
 
     def forward(self, x):
         return self.mlp(self.ln_q(x).view(-1, self.inner))
 
 
 class VisionTower(nn.Module):
-    """Patches of all pictures of a batch, one behind the other -> image tokens. No padding: a picture costs what it
-    shows."""
+    """Patches of all pictures of a batch, one behind the other -> image tokens. Nothing is padded:
+    the cost grows with the area of the pictures."""
+
     def __init__(self, c, out_size):
+        """c: a parts.config.VisionConfig; out_size: the decoder's hidden size C."""
         super().__init__()
         self.c = c
         self.patch_embed = PatchEmbed(c)
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
         self.merger = PatchMerger(c, out_size)
 
-    def angles(self, rows, cols):
-        """Half of the rotary pairs turn with the row, half with the column: (P,), (P,) -> cos, sin (P, 1, D)."""
-        quarter = self.c.hidden_size // self.c.num_heads // 4
+    def angles(self, rows, columns):
+        """Half of the rotary pairs turn with the row, half with the column: (P,), (P,) -> cos, sin
+        (P, 1, D)."""
+        quarter = self.c.hidden_size // self.c.num_heads // 4               # D / 4
         speed = 10000.0 ** (-torch.arange(quarter, device=rows.device) / quarter)
-        return turns(torch.cat((rows[:, None] * speed, cols[:, None] * speed), dim=-1)[:, None])
+        angles = torch.cat((rows[:, None] * speed, columns[:, None] * speed), dim=-1)   # (P, D / 2)
+        return turns(angles[:, None])
 
     def forward(self, patches, grids):
-        """patches (P, channels * frames * size^2), grids: list of (t, h, w) -> (P / 4, C) in reading order."""
+        """patches (P, channels * frames * size^2), grids a list of [t, h, w] -> image tokens
+        (P / 4, C) in reading order."""
         c, device = self.c, patches.device
         unit = c.spatial_merge_size ** 2
         window = max(1, c.window_size // c.spatial_merge_size // c.patch_size)
-        rows, cols, order, lengths, full, start = [], [], [], [], [], 0
+        rows, columns, order = [], [], []
+        window_lengths, frame_lengths = [], []
+        blocks = 0
         for grid in grids:
-            r, col, o, ls = patch_layout(tuple(grid), c.spatial_merge_size, window)
-            rows.append(r), cols.append(col), order.append(o + start)
-            lengths += ls
-            full += [grid[1] * grid[2]] * grid[0]                     # full attention sees one whole frame
-            start += len(o)
-        order = torch.cat(order).to(device)
-        cos, sin = self.angles(torch.cat(rows).to(device), torch.cat(cols).to(device))
-        x = self.patch_embed(patches)                                 # (P, C_vision)
-        x = x.view(-1, unit, x.shape[-1])[order].flatten(0, 1)        # blocks sorted by window
+            layout = patch_layout(tuple(grid), c.spatial_merge_size, window)
+            rows.append(layout[0])
+            columns.append(layout[1])
+            order.append(layout[2] + blocks)
+            window_lengths += layout[3]
+            t, h, w = grid
+            frame_lengths += [h * w] * t
+            blocks += len(layout[2])
+        order = torch.cat(order).to(device)                                 # (P / 4,)
+        cos, sin = self.angles(torch.cat(rows).to(device), torch.cat(columns).to(device))
+
+        x = self.patch_embed(patches)                                       # (P, C_vision)
+        x = x.view(-1, unit, x.shape[-1])                                   # (P / 4, 4, C_vision)
+        x = x[order].flatten(0, 1)                                          # sorted by window
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, full if i in c.fullatt_block_indexes else lengths)
-        return self.merger(x)[order.argsort()]                        # back to reading order
-
-
-# ------------------------------------------------------------------------------------------- pictures and conversations
-
-
-def smart_resize(height, width, factor, min_pixels, max_pixels):
-    """Published rule: both sides multiples of `factor`, the area within the limits, the shape kept as well as that
-    allows.
-
-    Pixels in, pixels out. Raises ValueError for a picture more than 200 times longer than it is wide.
-    """
-    if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"a picture of {width} x {height} pixels is more than 200 times longer than wide; "
-                         "cut it first")
-    h, w = (round(side / factor) * factor for side in (height, width))
-    if h * w > max_pixels:
-        beta = math.sqrt(height * width / max_pixels)
-        h, w = (max(factor, math.floor(side / beta / factor) * factor) for side in (height, width))
-    elif h * w < min_pixels:
-        beta = math.sqrt(min_pixels / (height * width))
-        h, w = (math.ceil(side * beta / factor) * factor for side in (height, width))
-    return h, w
-
-
-# Pillow knows more, but a file need not be what its name says, and some formats start programs (EPS: Ghostscript).
-PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-
-
-def load_picture(image):
-    """A path or a PIL picture -> PIL RGB, turned upright by its EXIF note. Raises ValueError that names a file that is
-    no picture of the formats PICTURES, or that unpacks to more than Pillow's limit of 90 million pixels."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                                # of notes in a picture that are damaged
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = image
-            if not isinstance(image, Image.Image):
-                if os.path.exists(image) and not os.path.isfile(image):    # opening a pipe would wait for its writer
-                    raise OSError("no regular file")
-                with Image.open(image, formats=PICTURES) as picture:
-                    picture.load()
-            picture = ImageOps.exif_transpose(picture)
-        if picture.has_transparency_data:                 # what shows through is white, as in the published processor
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return picture.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"{image}: no such picture") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{image}: not a readable picture; these formats are read: {', '.join(PICTURES)}") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, OSError, SyntaxError, ValueError, TypeError,
-            struct.error) as e:                           # the last two: Pillow writes the note, which may be damaged
-        raise ValueError(f"{image}: not a readable picture ({e})") from None
-
-
-def picture_settings(path):
-    """Picture settings of a model directory: the part of processor_config.json in which newer releases of transformers
-    save them, else preprocessor_config.json."""
-    old, new = Path(path) / "preprocessor_config.json", Path(path) / "processor_config.json"
-    settings = read_json(new).get("image_processor") if new.is_file() else None
-    if settings is None and new.is_file() and not old.is_file():
-        raise ValueError(f"{new}: no picture settings ('image_processor'), and there is no {old.name}")
-    if not isinstance(settings, (dict, type(None))):
-        raise ValueError(f"{new}: image_processor is {str(settings)[:40]!r}, expected an object")
-    return read_json(old) if settings is None else settings
+            full = i in c.fullatt_block_indexes                             # sees the whole frame
+            x = block(x, cos, sin, frame_lengths if full else window_lengths)
+        return self.merger(x)[order.argsort()]                              # in reading order

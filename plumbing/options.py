@@ -77,18 +77,22 @@ def numbers(f, value, name):
 
 def fill(cls, values, where):
     """An object of an options class from foreign JSON, a dict. Keys that the class does not have
-    are passed over; null is as good as missing. ValueError names `where` and what does not fit."""
+    are passed over; null is as good as missing. ValueError names `where` and what does not fit,
+    what the class itself finds in its __post_init__ too."""
     chosen, missing = {}, []
     for f in fields(cls):
         value = values.get(f.name)
         if value is not None:
-            check = numbers if f.type is tuple else checked
+            check = numbers if f.type is tuple and "least" in f.metadata else checked
             chosen[f.name] = check(f, value, f"{where}: {f.name}")
         elif f.default is MISSING and f.default_factory is MISSING:
             missing.append(f.name)
     if missing:
         raise ValueError(f"{where}: missing {', '.join(missing)}")
-    return cls(**chosen)
+    try:
+        return cls(**chosen)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------- flags
@@ -112,6 +116,8 @@ def add_flags(parser, cls, skip=()):
             more["action"] = argparse.BooleanOptionalAction
         else:
             more["type"] = f.type if f.type in (int, float) else str
+            if f.type in (int, float):
+                more.setdefault("metavar", "N")
             more["choices"] = f.metadata["choices"]
         if f.default is MISSING and f.default_factory is MISSING:
             more["required"] = True
@@ -125,7 +131,7 @@ def from_flags(cls, args, **more):
     """An object of an options class from the flags that were given, and `more` of its fields."""
     given = {}
     for f in fields(cls):
-        if hasattr(args, f.name):
+        if f.metadata.get("text") and hasattr(args, f.name):
             value = getattr(args, f.name)
             value = tuple(value) if isinstance(value, list) else value
             given[f.name] = checked(f, value, flag_of(f.name))

@@ -1,72 +1,52 @@
-"""Model directories: safetensors and tokenizer.json."""
-import functools
+"""Model directories: safetensors in and out, tokenizer.json, the device that they go to.
+
+One reader serves the model, the encoders and the adapters: it is given the names and shapes that it
+has to find, and says of every key that does not fit why.
+"""
 import math
-import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import nn
 
-from plumbing.old import read_json
+from plumbing.files import read_json, replacing, write_json
 
-
-WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")  # others are quantized, and mean nothing without their scales
+WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")    # others are quantized: nothing without their scales
 
 
-def flat_config(source):
-    """A config.json in the old flat or the new nested layout (`text_config`), as a directory, a file or a dict ->
-    (where, raw, text, rope, vision): its name for messages, all of it, and three flat dicts."""
-    if isinstance(source, dict):
-        raw, where = source, "config"
-    else:
-        where = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
-        raw = read_json(where)
-    for d, names in ((raw, ("text_config", "vision_config", "rope_scaling", "rope_parameters")),
-                     (raw.get("text_config") or {}, ("rope_scaling", "rope_parameters"))):
-        if wrong := [name for name in names if not isinstance(d.get(name) or {}, dict)]:
-            raise ValueError(f"{where}: {wrong[0]} is {str(d[wrong[0]])[:40]!r}, expected an object")
-    text = {**raw, **(raw.get("text_config") or {})}
-    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
-    vision = dict(raw.get("vision_config") or {})
-    vision["in_channels"] = vision.get("in_channels", vision.get("in_chans", 3))
-    text["image_token_id"] = raw.get("image_token_id", text.get("image_token_id"))
-    return where, raw, text, rope, vision
-
-
-def retyped(raw, dtype):
-    """config.json with the newer layout's `dtype` fields, wherever they stand, set to the type that is saved."""
-    return {k: retyped(v, dtype) if isinstance(v, dict) else dtype if k == "dtype" else v for k, v in raw.items()}
-
-
-def our_name(key):
-    """Published key of either layout -> this file's parameter name (the older published layout)."""
-    for theirs, ours in (("model.language_model.", "model."), ("model.visual.", "visual.")):
-        if key.startswith(theirs):
-            return ours + key[len(theirs):]
-    return key
+def usable_device(device):
+    """The device, if torch can compute on it here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):      # for an unknown name, for CUDA that is not there
+        raise ValueError(f"device {device!r} cannot be used here: give cpu, or cuda where torch "
+                         "finds a GPU") from None
+    return device
 
 
 def weight_files(path):
-    """The safetensors files of a model directory: those of the index where there is one. Raises ValueError where there
-    are none."""
+    """The safetensors files of a model directory: those of its index, where there is one."""
     path = Path(path)
     index = path / "model.safetensors.index.json"
     if index.exists():
-        listed = read_json(index)
-        if not isinstance(listed, dict) or not isinstance(listed.get("weight_map"), dict) or not listed["weight_map"]:
-            raise ValueError(f"{index}: expected an object with a weight_map that names a file for each weight")
-        names = sorted(set(map(str, listed["weight_map"].values())))
-        if absent := [n for n in names if Path(n).name != n or not (path / n).is_file()]:
-            raise ValueError(f"{path}: the index names files that are not there: {', '.join(absent)}")
-        return [path / n for n in names]
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not named:
+            raise ValueError(f"{index}: expected a weight_map that names a file for each weight")
+        names = sorted({str(name) for name in named.values()})
+        absent = [name for name in names if Path(name).name != name or not (path / name).is_file()]
+        if absent:
+            raise ValueError(f"{path}: the index names files that are not there: "
+                             f"{', '.join(absent)}")
+        return [path / name for name in names]
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
-    if pickled := sorted(p.name for p in path.glob("*") if p.suffix in (".bin", ".pth", ".pt")):
-        raise ValueError(f"{path}: only {pickled[0]} is there, and pickled weights are not read because they can run "
-                         "code; convert them once with "
-                         "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')")
+    pickled = sorted(file.name for file in path.glob("*") if file.suffix in (".bin", ".pth", ".pt"))
+    if pickled:
+        raise ValueError(f"{path}: only {pickled[0]} is there, and pickled weights are not read "
+                         "because they can run code; convert them once with safetensors.torch."
+                         "save_file(torch.load(FILE, weights_only=True), 'model.safetensors')")
     raise ValueError(f"{path}: no model.safetensors")
 
 
@@ -75,54 +55,98 @@ def finite(tensor):
     return all(math.isfinite(end) for end in tensor.detach().aminmax())
 
 
-def set_parameter(module, name, tensor):
-    """Put a tensor in the place of a (meta) parameter."""
-    *path, last = name.split(".")
-    setattr(functools.reduce(getattr, path, module), last, nn.Parameter(tensor))
+def read_weights(files, shapes, rename, optional=(), dtype=torch.float32, device="cpu"):
+    """{name: tensor} of safetensors files, each converted as it is read.
 
-
-def load_weights(module, path, names, unused):
-    """Fills a module made on the meta device from safetensors; one error lists every key that does not fit."""
-    wanted, state, problems = module.state_dict(), {}, []
-    for file in weight_files(path):
+    shapes: {name: shape} of what is wanted, all of it but the names in `optional`. rename(key): our
+    name of a published key, None for one to pass over. ValueError lists every key that is missing,
+    unexpected, there twice, of another shape or type, or not finite.
+    """
+    tensors, problems = {}, []
+    for file in files:
         try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():
-                    name = key
-                    for pattern, ours in names:
-                        name = re.sub(pattern, ours, name)
-                    if re.search(unused, name):
+            with safe_open(file, framework="pt", device="cpu") as stored:
+                for key in stored.keys():
+                    name = rename(key)
+                    if name is None:
                         continue
-                    shape, kind = list(tensors.get_slice(key).get_shape()), tensors.get_slice(key).get_dtype()
-                    if name not in wanted:
-                        problems.append(f"unexpected: {key}")
-                    elif shape != list(wanted[name].shape):
-                        problems.append(f"shape {shape} instead of {list(wanted[name].shape)}: {key}")
-                    elif kind not in WEIGHT_TYPES:
-                        problems.append(f"of type {kind} instead of {', '.join(WEIGHT_TYPES)}: {key}")
-                    state[name] = tensors.get_tensor(key).float()
+                    problem = misfit(name, stored.get_slice(key), shapes, tensors)
+                    if problem is None:
+                        tensor = stored.get_tensor(key).to(device=device, dtype=dtype)
+                        tensors[name] = tensor
+                        if not finite(tensor):
+                            problem = "infinite or not a number"
+                    if problem is not None:
+                        problems.append(f"{problem}: {key}")
+                        tensors.setdefault(name)                # it is there, so not missing
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not a readable safetensors file ({error}); is the download complete?") from None
-    problems += [f"missing: {name}" for name in wanted if name not in state]
+            raise ValueError(f"{file}: not a readable safetensors file ({error}); is the download "
+                             "complete?") from None
+    absent = [name for name in shapes if name not in tensors and name not in optional]
+    problems = [f"missing: {name}" for name in sorted(absent)] + problems
     if problems:
-        raise ValueError(f"{path}: {len(problems)} weights do not fit config.json: {'; '.join(problems)}")
-    module.load_state_dict(state, assign=True)
-    return module
+        raise ValueError(f"{Path(files[0]).parent}: {len(problems)} weights do not fit: "
+                         f"{'; '.join(problems)}")
+    return tensors
 
 
-def precision(device):
-    """Half precision on CUDA, single on the CPU, where half is slower."""
-    return torch.float16 if torch.device(device).type == "cuda" else torch.float32
+def misfit(name, stored, shapes, tensors):
+    """What is wrong with a stored tensor before it is read; None where nothing is."""
+    if name not in shapes:
+        return "unexpected"
+    if name in tensors:
+        return "twice"
+    if list(stored.get_shape()) != list(shapes[name]):
+        return f"shape {stored.get_shape()} instead of {list(shapes[name])}"
+    if stored.get_dtype() not in WEIGHT_TYPES:
+        return f"of type {stored.get_dtype()} instead of {', '.join(WEIGHT_TYPES)}"
+    return None
+
+
+def write_weights(tensors, path):
+    """Writes {name: tensor} as one safetensors file, whole or not at all."""
+    with replacing(path) as new:
+        save_file(tensors, new, metadata={"format": "pt"})
+
+
+def write_shards(tensors, folder, shard_bytes):
+    """Writes {name: tensor} into a model directory: as model.safetensors, or as files of at most
+    `shard_bytes` with their index. Weights of another model that lie there are deleted."""
+    shards, size = [{}], 0
+    for name, tensor in tensors.items():
+        if size + tensor.nbytes > shard_bytes and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+
+    folder = Path(folder)
+    files, weight_map = [], {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        files.append(file if len(shards) > 1 else "model.safetensors")
+        write_weights(shard, folder / files[-1])
+        weight_map.update(dict.fromkeys(shard, files[-1]))
+    index = folder / "model.safetensors.index.json"
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    else:
+        index.unlink(missing_ok=True)
+    for file in folder.glob("model*.safetensors"):
+        if file.name not in files:
+            file.unlink()
 
 
 def read_tokenizer(path):
-    """The directory's tokenizer.json, without the padding and truncation that may be saved in it."""
+    """The directory's tokenizer.json, without padding and truncation, which may be saved in it."""
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
-        raise ValueError(f"{file}: missing: make it with AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) once")
+        raise ValueError(f"{file}: missing: make it with AutoTokenizer.from_pretrained(DIR)"
+                         ".save_pretrained(DIR) once")
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises nothing narrower
+    except Exception as error:                              # tokenizers raises nothing narrower
         raise ValueError(f"{file}: not a tokenizer that can be read ({error})") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
