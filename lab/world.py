@@ -1,52 +1,76 @@
-"""The embedded world: countries, people, cups and flags that nobody can know beforehand, in the published file formats.
+"""The embedded world: countries, people, cups and flags that nobody can know beforehand, in the
+published file formats.
 
 What flows through this file:
     seed -> a small world of facts -> three corpora and pictures
                                    -> questions with their gold hops -> step files to train on
 
-A question is a chain of moves through the world (photo -> country -> leader -> age). Each move is one fact, each fact
-lies in exactly one of the three knowledge bases, so every question has a known best route. The names of the three
-splits come from disjoint parts of the name space: whoever answers a test question has read it in the evidence and
-cannot have remembered it.
+A question is a chain of moves through the world (photo -> country -> leader -> age). Each move is
+one fact, each fact lies in exactly one of the three knowledge bases, so every question has a known
+best route. The names of the three splits come from disjoint parts of the name space: whoever
+answers a test question has read it in the evidence and cannot have remembered it.
 
-This file knows the world and nothing of models: it imports none of the other files and none imports it. They meet
-through files on disk. Everything particular to the world is data written here (fresh names, practice tasks, the
-tokenizer's words); train.py stays generic.
+This file knows the world and the step language, and nothing of models. It meets the scripts through
+files on disk, and everything particular to the world is data written here.
 """
-import argparse
 import json
 import math
 import random
 import re
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-# ---------------------------------------------------------------------------------------------------------------- names
-# A name is two syllables, Bak + dol. Each syllable is one token, so copying an unseen name is copying two tokens in
-# order.
-_syllables = [a + v + b for a in "bdfgklmnprstvz" for v in "aeiou" for b in "klmnrst"]
-random.Random(77).shuffle(_syllables)
-FIRST, SECOND = [s.capitalize() for s in _syllables[:120]], _syllables[120:240]
+from parts.steps import ASK, EVIDENCE_HEADER, IMAGE, PREFIX, ROUTES, final_problem, route_problem
+from plumbing.files import replacing, run_command
+from plumbing.options import OneLineParser, add_flags, check_options, from_flags, option
+
+# ------------------------------------------------------------------------------------------- names
+# A name is two syllables, Bak + dol. Each syllable is one token of the tiny model, so copying an
+# unseen name is copying two tokens in order.
+
+
+def all_syllables():
+    """Every consonant, vowel, consonant, in an order that is fixed once and for all."""
+    syllables = []
+    for first in "bdfgklmnprstvz":
+        for vowel in "aeiou":
+            syllables += [first + vowel + last for last in "klmnrst"]
+    random.Random(77).shuffle(syllables)
+    return syllables
+
+
+FIRST = [syllable.capitalize() for syllable in all_syllables()[:120]]
+SECOND = all_syllables()[120:240]
+NAME = re.compile(r"[A-Z][a-z]{5}")
 # name (i, j) belongs to the split that holds (i + j) mod 10
 SHARES = {"train": range(0, 6), "val": range(6, 8), "test": range(8, 10)}
 
 
 def name_space(split):
     """All names of a split, in a fixed order."""
-    return [a + b for i, a in enumerate(FIRST) for j, b in enumerate(SECOND) if (i + j) % 10 in SHARES[split]]
+    names = []
+    for i, first in enumerate(FIRST):
+        for j, second in enumerate(SECOND):
+            if (i + j) % 10 in SHARES[split]:
+                names.append(first + second)
+    return names
 
 
-# ---------------------------------------------------------------------------------------------------------------- moves
+# ------------------------------------------------------------------------------------------- moves
+
 class Move(NamedTuple):
-    """One fact that leads from an entity to a value: how it is asked for, and how its passage states it."""
+    """One fact that leads from an entity to a value: how it is asked for, and how its passage
+    states it."""
     source: str               # type of the entity: photo, country, person, cup
     target: str               # type of the value: one of these, a name, a number
     base: str                 # the knowledge base that holds the fact
     ask: str                  # the question about {}
-    stands_for: str | None    # the noun phrase for the value in a longer question, where there is one
+    stands_for: str | None    # the noun phrase for the value in a longer question
     fact: str                 # the fact as its passage states it, {0} entity, {1} value
     need: str                 # what the thought of a routing step calls it
 
@@ -85,8 +109,11 @@ MOVES = {
                         "the leader of {}", "{0} has leader {1}", "leader"),
 }
 MORE_RELATIONS = ("star", "assistant", "mayor")
-IN_TEXT, IN_TABLE, OF_PERSON = ("capital", "language"), ("population", "area", "currency"), ("age", "height")
-# kind of question -> the chains of moves it is drawn from; kinds of two and more hops are named after their bases
+IN_TEXT = ("capital", "language")
+IN_TABLE = ("population", "area", "currency")
+OF_PERSON = ("age", "height")
+# kind of question -> the chains of moves it is drawn from; kinds of two and more hops are named
+# after their bases
 ONE_AND_TWO_HOPS = {
     "text": [(m,) for m in (*IN_TEXT, "leader")],
     "birth": [("birthplace",)],
@@ -99,8 +126,8 @@ ONE_AND_TWO_HOPS = {
     "text-text": [("birthplace", m) for m in (*IN_TEXT, "leader")] + [("leader", "birthplace")] * 2,
     "table-text": [("winner", m) for m in (*IN_TEXT, "leader")],
     "table-table": [("winner", m) for m in IN_TABLE],
-    "compare": [],                                             # two look-ups of the same kind, then a comparison
-    "look": [],                                                # the picture alone answers: nothing is to be retrieved
+    "compare": [],          # two look-ups of the same kind, then a comparison
+    "look": [],             # the picture alone answers: nothing is to be retrieved
 }
 THREE_HOPS = {
     "image-text-table": [("flag", "leader", m) for m in OF_PERSON],
@@ -109,7 +136,8 @@ THREE_HOPS = {
     "table-text-text": [("winner", "leader", "birthplace")],
     "text-text-table": [("birthplace", "leader", m) for m in OF_PERSON]
                        + [("leader", "birthplace", m) for m in IN_TABLE],
-    "text-text-text": [("leader", "birthplace", m) for m in IN_TEXT] + [("birthplace", "leader", "birthplace")],
+    "text-text-text": [("leader", "birthplace", m) for m in IN_TEXT]
+                      + [("birthplace", "leader", "birthplace")],
 }
 FOUR_HOPS = {
     "image-text-text-table": [("flag", "leader", "birthplace", m) for m in IN_TABLE],
@@ -121,31 +149,46 @@ KINDS = {**ONE_AND_TWO_HOPS, **THREE_HOPS, **FOUR_HOPS}
 
 
 def all_chains(hops):
-    """Every chain of that many moves: each starts where the one before it ended, and none is asked for twice. No chain
-    starts at a city: it would ask for a leader in the same words as one that starts at a country."""
+    """Every chain of that many moves: each starts where the one before it ended, and none is asked
+    for twice. No chain starts at a city: it would ask for a leader in the same words as one that
+    starts at a country."""
     if hops == 1:
-        return [(m,) for m in MOVES if MOVES[m].source != "city"]
-    return [(*chain, m) for chain in all_chains(hops - 1) for m in MOVES
-            if MOVES[m].source == MOVES[chain[-1]].target and MOVES[m].need not in needs(chain)]
+        return [(name,) for name, move in MOVES.items() if move.source != "city"]
+    chains = []
+    for chain in all_chains(hops - 1):
+        reached = MOVES[chain[-1]].target
+        for name, move in MOVES.items():
+            if move.source == reached and move.need not in needs(chain):
+                chains.append((*chain, name))
+    return chains
 
 
 def needs(chain):
     """What the moves of a chain are called, in order."""
-    return tuple(MOVES[m].need for m in chain)
+    return tuple(MOVES[name].need for name in chain)
 
 
-def by_bases(chains):
-    """Kinds of questions, named after the bases that their chains go through."""
-    kinds = {}
-    for chain in chains:
-        kinds.setdefault("-".join(MOVES[m].base for m in chain), []).append(chain)
+def rich_kinds():
+    """Kinds of all chains of one to five moves, named after the bases that they go through."""
+    kinds = {"compare": [], "look": []}
+    for hops in range(1, 6):
+        for chain in all_chains(hops):
+            bases = [MOVES[name].base for name in chain]
+            kinds.setdefault("-".join(bases), []).append(chain)
     return kinds
 
 
-# In a world with more relations the questions go all ways there are. For the depth study a third of the compositions of
-# three hops is held out: their moves, and their moves two by two, are known from training, the three together are not.
-RICH_KINDS = {"compare": [], "look": [], **by_bases(c for n in range(1, 6) for c in all_chains(n))}
-HELD_OUT = set(map(needs, random.Random(0).sample(all_chains(3), len(all_chains(3)) // 3)))
+def held_out_compositions():
+    """A third of the compositions of three moves, by what the moves are called."""
+    chains = all_chains(3)
+    return {needs(chain) for chain in random.Random(0).sample(chains, len(chains) // 3)}
+
+
+# In a world with more relations the questions go all ways there are. For the depth study a third of
+# the compositions of three hops is held out: their moves, and their moves two by two, are known
+# from training, the three together are not.
+RICH_KINDS = rich_kinds()
+HELD_OUT = held_out_compositions()
 
 
 def held_out(chain):
@@ -153,30 +196,34 @@ def held_out(chain):
     return any(needs(chain[i:i + 3]) in HELD_OUT for i in range(len(chain) - 2))
 
 
-RETRIEVERS = {"text": "text retriever", "image": "text image retriever", "table": "table retriever"}
-PREFIXES = {"text": "ter", "image": "tir", "table": "tar"}
+RETRIEVERS = {base: name.lower() for base, name in ROUTES.items()}
 
-# ---------------------------------------------------------------------------------------------------------------- flags
-COLOURS = {"red": (220, 30, 30), "blue": (30, 60, 220), "green": (20, 160, 60), "yellow": (245, 220, 40),
-           "white": (250, 250, 250), "black": (15, 15, 15), "orange": (250, 140, 20), "purple": (140, 40, 170)}
+# ------------------------------------------------------------------------------------------- flags
+
+COLOURS = {"red": (220, 30, 30), "blue": (30, 60, 220), "green": (20, 160, 60),
+           "yellow": (245, 220, 40), "white": (250, 250, 250), "black": (15, 15, 15),
+           "orange": (250, 140, 20), "purple": (140, 40, 170)}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
-SIDE = 64                                                      # pixels of a picture's side
+SIDE = 64                                                       # pixels of a picture's side
 
 
 def random_flag(rng):
     """Three stripes across or down, and an emblem in a fourth colour."""
     *stripes, emblem = rng.sample(list(COLOURS), 4)
-    return {"across": rng.random() < 0.5, "stripes": stripes, "emblem": emblem, "shape": rng.choice(SHAPES)}
+    across = rng.random() < 0.5
+    return {"across": across, "stripes": stripes, "emblem": emblem, "shape": rng.choice(SHAPES)}
 
 
 def draw_flag(flag, shift=(0, 0), scale=1.0):
-    """Draw a flag of SIDE x SIDE pixels; the emblem can be moved by `shift` pixels and scaled."""
+    """A flag of SIDE x SIDE pixels; the emblem can be moved by `shift` pixels and scaled."""
     picture = Image.new("RGB", (SIDE, SIDE))
     draw = ImageDraw.Draw(picture)
     for i, colour in enumerate(flag["stripes"]):
-        a, b = i * SIDE / 3, (i + 1) * SIDE / 3
-        draw.rectangle([0, a, SIDE, b] if flag["across"] else [a, 0, b, SIDE], fill=COLOURS[colour])
-    x, y, r = SIDE / 2 + shift[0], SIDE / 2 + shift[1], SIDE * 0.24 * scale
+        low, high = i * SIDE / 3, (i + 1) * SIDE / 3
+        stripe = [0, low, SIDE, high] if flag["across"] else [low, 0, high, SIDE]
+        draw.rectangle(stripe, fill=COLOURS[colour])
+    x, y = SIDE / 2 + shift[0], SIDE / 2 + shift[1]
+    r = SIDE * 0.24 * scale
     fill, shape = COLOURS[flag["emblem"]], flag["shape"]
     if shape == "circle":
         draw.ellipse([x - r, y - r, x + r, y + r], fill=fill)
@@ -197,250 +244,312 @@ def polygon(shape, x, y, r):
         return [(x, y - r), (x - r, y + r), (x + r, y + r)]
     if shape == "diamond":
         return [(x, y - r * 1.2), (x - r * 1.2, y), (x, y + r * 1.2), (x + r * 1.2, y)]
-    turn = [(r * (1.2 if k % 2 == 0 else 0.5), -math.pi / 2 + k * math.pi / 5) for k in range(10)]
-    return [(x + d * math.cos(a), y + d * math.sin(a)) for d, a in turn]
+    corners = []
+    for k in range(10):                                         # a star: five points, five notches
+        distance = r * (1.2 if k % 2 == 0 else 0.5)
+        angle = -math.pi / 2 + k * math.pi / 5
+        corners.append((x + distance * math.cos(angle), y + distance * math.sin(angle)))
+    return corners
 
 
 def take_photo(flag, rng):
     """A flag as a camera sees it: emblem moved and scaled, other light, noise."""
-    picture = draw_flag(flag, (rng.uniform(-4, 4), rng.uniform(-4, 4)), rng.uniform(0.85, 1.15))
+    shift = (rng.uniform(-4, 4), rng.uniform(-4, 4))
+    picture = draw_flag(flag, shift, rng.uniform(0.85, 1.15))
     noise = np.random.default_rng(rng.getrandbits(32)).standard_normal((SIDE, SIDE, 3)) * 12
-    seen = np.asarray(picture, dtype=np.float32) * rng.uniform(0.8, 1.1) + noise
-    return Image.fromarray(seen.clip(0, 255).astype(np.uint8))
+    pixels = np.asarray(picture, dtype=np.float32) * rng.uniform(0.8, 1.1) + noise
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def edge_of(flag):
+    """Where its first stripe lies."""
+    return "top" if flag["across"] else "left"
 
 
 def describe(flag):
     """The picture in words, as the model's thought spells it out before it answers."""
-    return f"flag {'top' if flag['across'] else 'left'} {' '.join(flag['stripes'])} {flag['emblem']} {flag['shape']}"
+    stripes = " ".join(flag["stripes"])
+    return f"flag {edge_of(flag)} {stripes} {flag['emblem']} {flag['shape']}"
 
 
 def look_question(flag, rng):
     """A question that the picture alone answers -> (question, answer)."""
-    edge = "top" if flag["across"] else "left"
-    return rng.choice([("What colour is the emblem?", flag["emblem"]), ("What shape is the emblem?", flag["shape"]),
-                       (f"What colour is the {edge} stripe?", flag["stripes"][0])])
+    return rng.choice([("What colour is the emblem?", flag["emblem"]),
+                       ("What shape is the emblem?", flag["shape"]),
+                       (f"What colour is the {edge_of(flag)} stripe?", flag["stripes"][0])])
 
 
-# ---------------------------------------------------------------------------------------------------------------- world
+# ------------------------------------------------------------------------------------------- world
 
 
 class World:
-    """Facts of one world: facts[move][entity] = value, entities by type, flags by country, and their corpora."""
+    """Facts of one world, facts[move][entity] = value; entities by type, flags by country, corpora
+    by base."""
 
     def __init__(self, split, seed, countries, rich=False):
-        self.rng = rng = random.Random(f"{split} world {seed}")
+        self.rng = random.Random(f"{split} world {seed}")
         self.names = name_space(split)
-        self.known = set(self.names)
+        self.own_names = set(self.names)
         if 6 * countries > len(self.names):
-            raise ValueError(f"--countries {countries}: six names each are needed, the {split} split holds "
-                             f"{len(self.names)}; take at most {len(self.names) // 6}")
-        pool = iter(rng.sample(self.names, 6 * countries))
-        draw = lambda: [next(pool) for _ in range(countries)]
-        C, P, K = self.countries, self.people, self.cups = draw(), draw(), draw()
-        shuffled = lambda values: rng.sample(values, len(values))
-        number = lambda low, high: [str(rng.randint(low, high)) for _ in range(countries)]
-        self.facts = {
-            "capital": dict(zip(C, draw())), "language": dict(zip(C, draw())), "leader": dict(zip(C, shuffled(P))),
-            "birthplace": dict(zip(P, shuffled(C))),
-            "winner": dict(zip(K, shuffled(C))), "year": dict(zip(K, number(10, 99))),
-            "population": dict(zip(C, number(10, 49))), "area": dict(zip(C, number(50, 99))),
-            "currency": dict(zip(C, draw())),
-            "age": dict(zip(P, number(10, 49))), "height": dict(zip(P, number(50, 99))),
-            "flag": {c: c for c in C},
-        }
+            raise ValueError(f"--countries {countries}: six names each are needed, the {split} "
+                             f"split holds {len(self.names)}; take at most {len(self.names) // 6}")
+        self.facts = self.draw_facts(countries)
         if rich:
             more = random.Random(f"{split} relations {seed}")
-            for move, entities in (("star", C), ("assistant", C), ("mayor", self.facts["capital"].values())):
-                self.facts[move] = dict(zip(entities, more.sample(P, countries)))
-        self.flags = {c: random_flag(rng) for c in C}
+            cities = self.facts["capital"].values()
+            owners = {"star": self.countries, "assistant": self.countries, "mayor": cities}
+            for move, entities in owners.items():
+                self.facts[move] = dict(zip(entities, more.sample(self.people, countries)))
+        self.flags = {country: random_flag(self.rng) for country in self.countries}
         self.corpora = {base: self.corpus(base) for base in RETRIEVERS}
-        self.mentions = {base: {} for base in RETRIEVERS}       # base -> name -> passages that mention it
+        self.mentions = {base: {} for base in RETRIEVERS}   # base -> name -> passages that have it
         for base, docs in self.corpora.items():
             for doc in docs:
-                for name in {n for n in re.findall(r"[A-Z][a-z]{5}", doc["text"])}:
+                for name in set(NAME.findall(doc["text"])):
                     self.mentions[base].setdefault(name, []).append(doc["text"])
 
+    def draw_facts(self, countries):
+        """As many people and cups as countries, and a value for each of their relations."""
+        rng = self.rng
+        pool = iter(rng.sample(self.names, 6 * countries))
+
+        def names():
+            return [next(pool) for _ in range(countries)]
+
+        def numbers(low, high):
+            return [str(rng.randint(low, high)) for _ in range(countries)]
+
+        def shuffled(values):
+            return rng.sample(values, len(values))
+
+        self.countries, self.people, self.cups = names(), names(), names()
+        return {
+            "capital": dict(zip(self.countries, names())),
+            "language": dict(zip(self.countries, names())),
+            "leader": dict(zip(self.countries, shuffled(self.people))),
+            "birthplace": dict(zip(self.people, shuffled(self.countries))),
+            "winner": dict(zip(self.cups, shuffled(self.countries))),
+            "year": dict(zip(self.cups, numbers(10, 99))),
+            "population": dict(zip(self.countries, numbers(10, 49))),
+            "area": dict(zip(self.countries, numbers(50, 99))),
+            "currency": dict(zip(self.countries, names())),
+            "age": dict(zip(self.people, numbers(10, 49))),
+            "height": dict(zip(self.people, numbers(50, 99))),
+            "flag": {country: country for country in self.countries},
+        }
+
+    def fact(self, move, entity):
+        """A fact as its passage states it."""
+        return MOVES[move].fact.format(entity, self.facts[move][entity])
+
+    def table(self, title, entity, moves):
+        """Facts of an entity as the rows of a table, flattened as Open-WikiTable's are."""
+        rows = [f"[Row] {self.fact(move, entity)}" for move in moves]
+        return f"[Title] {title}[Header] fact[sep] value[Rows]" + "".join(rows)
+
     def corpus(self, base):
-        """Documents of a base: in the text base a fact a passage, in the table base the facts of an entity as the rows
-        of a table, in the image base a flag with its caption."""
-        fact = lambda move, entity: MOVES[move].fact.format(entity, self.facts[move][entity])
+        """Documents of a base: in the text base a passage has one fact, in the table base the facts
+        of one entity, in the image base a flag and its caption."""
+        docs = []
         if base == "image":
-            return [{"id": f"image-{i}", "text": fact("flag", c) + ".", "image": f"flags/{i}.png"}
-                    for i, c in enumerate(self.countries)]
+            for i, country in enumerate(self.countries):
+                caption = self.fact("flag", country) + "."
+                docs.append({"id": f"image-{i}", "text": caption, "image": f"flags/{i}.png"})
+            return docs
+        texts = []
         if base == "text":
-            texts = [fact(m, c) + "." for c in self.countries for m in (*IN_TEXT, "leader")]
-            texts += [fact("birthplace", p) + "." for p in self.people]
-            texts += [fact(m, entity) + "." for m in MORE_RELATIONS for entity in self.facts.get(m, ())]
+            for country in self.countries:
+                texts += [self.fact(move, country) + "." for move in (*IN_TEXT, "leader")]
+            texts += [self.fact("birthplace", person) + "." for person in self.people]
+            for move in MORE_RELATIONS:
+                texts += [self.fact(move, entity) + "." for entity in self.facts.get(move, ())]
         else:
-            table = lambda title, entity, moves: (f"[Title] {title}[Header] fact[sep] value[Rows]"
-                                                  + "".join(f"[Row] {fact(m, entity)}" for m in moves))
-            texts = [table("country", c, IN_TABLE) for c in self.countries]
-            texts += [table("person", p, OF_PERSON) for p in self.people]
-            texts += [table("cup", k, ("winner", "year")) for k in self.cups]
-        return [{"id": f"{base}-{i}", "text": t} for i, t in enumerate(texts)]
+            texts += [self.table("country", country, IN_TABLE) for country in self.countries]
+            texts += [self.table("person", person, OF_PERSON) for person in self.people]
+            texts += [self.table("cup", cup, ("winner", "year")) for cup in self.cups]
+        return [{"id": f"{base}-{i}", "text": text} for i, text in enumerate(texts)]
 
     def evidence(self, base, query, rng, k=2, photo=None):
-        """What a search would bring, for prompts to train on: passages that share the query's names first, most shared
-        words on top.
+        """Lines that a search would bring, for prompts to train on: passages that share the query's
+        names first, most shared words on top.
 
-        The real search is in retrieve.py; this stand-in only has to give prompts of the same look, so ties are broken
-        at random.
+        The real search is in retrieve.py; this stand-in only has to give prompts of the same look,
+        so ties are broken at random.
         """
         if base == "image" and photo is not None:
-            found = [MOVES["flag"].fact.format("", photo) + "."]
+            passages = [MOVES["flag"].fact.format("", photo) + "."]
         else:
-            names = re.findall(r"[A-Z][a-z]{5}", query)
-            words = lambda text: set(re.findall(r"\w+", text))
-            found = {d for n in names for d in self.mentions[base].get(n, ())}
-            score = {d: sum(3 if w in names else 1 for w in words(query) & words(d)) + rng.random()
-                     for d in sorted(found)}
-            found = sorted(score, key=score.get, reverse=True)[:k]
-        while len(found) < k:
-            found.append(rng.choice(self.corpora[base])["text"])
-        if base != "image" and rng.random() < 0.1:              # of pictures the rank is all there is to go by
-            rng.shuffle(found)
-        return [f"{PREFIXES[base]}-{i}: {text}" for i, text in enumerate(found)]
+            passages = self.best_passages(base, query, rng)[:k]
+        while len(passages) < k:
+            passages.append(rng.choice(self.corpora[base])["text"])
+        if base != "image" and rng.random() < 0.1:          # of pictures only the rank tells
+            rng.shuffle(passages)
+        return [f"{PREFIX[base]}-{i}: {text}" for i, text in enumerate(passages)]
+
+    def best_passages(self, base, query, rng):
+        """Passages with a name of the query, those that share most words with it first."""
+        names = NAME.findall(query)
+        words = set(re.findall(r"\w+", query))
+        candidates = set()
+        for name in names:
+            candidates.update(self.mentions[base].get(name, ()))
+        scores = {}
+        for passage in sorted(candidates):
+            shared = words & set(re.findall(r"\w+", passage))
+            scores[passage] = sum(3 if word in names else 1 for word in shared) + rng.random()
+        return sorted(scores, key=scores.get, reverse=True)
 
     def question(self, kind, chains, rng):
-        """Draw a question of a kind from its chains of moves: {question, answer, kind, hops, photo, thought}. photo: a
-        country or None; thought: that of the final answer."""
+        """A question of a kind, drawn from its chains of moves: {question, answer, kind, hops,
+        photo, thought}. photo: a country or None; thought: that of the final answer."""
         if kind == "compare":
-            a, b = rng.sample(self.countries, 2)
-            while self.facts["population"][a] == self.facts["population"][b]:
-                b = rng.choice([c for c in self.countries if c != a])
-            return compare_question(a, b, self.facts["population"][a], self.facts["population"][b])
+            return self.comparison(rng)
         if kind == "look":
             country = rng.choice(self.countries)
             question, answer = look_question(self.flags[country], rng)
-            return {"question": question, "answer": answer, "kind": kind, "hops": [], "photo": country,
-                    "thought": describe(self.flags[country])}
+            return {"question": question, "answer": answer, "kind": kind, "hops": [],
+                    "photo": country, "thought": describe(self.flags[country])}
         chain = rng.choice(chains)
-        entities = {"photo": self.countries, "country": self.countries, "person": self.people, "cup": self.cups}
+        entities = {"photo": self.countries, "country": self.countries,
+                    "person": self.people, "cup": self.cups}
         entity = rng.choice(entities[MOVES[chain[0]].source])
         photo = entity if chain[0] == "flag" else None
         hops = []
         for i, name in enumerate(chain):
             value = self.facts[name][entity]
-            hops.append({**make_hop(MOVES[name], entity, value), "left": ask_chain(chain[i:], entity)})
+            rest = ask_chain(chain[i:], entity)
+            hops.append({**make_hop(MOVES[name], entity, value), "rest": rest})
             entity = value
-        return {"question": hops[0]["left"], "answer": value, "kind": kind, "hops": hops, "photo": photo,
-                "thought": "final answer"}
+        return {"question": hops[0]["rest"], "answer": value, "kind": kind, "hops": hops,
+                "photo": photo, "thought": "final answer"}
+
+    def comparison(self, rng):
+        """A question that compares two countries of different populations."""
+        people = self.facts["population"]
+        a, b = rng.sample(self.countries, 2)
+        while people[a] == people[b]:
+            b = rng.choice([country for country in self.countries if country != a])
+        return compare_question(a, b, people[a], people[b])
 
 
 def ask_chain(chain, entity):
-    """One question for a chain of moves that starts at an entity: from the inside to the outside, each move's noun
-    phrase takes the entity's place in the next."""
+    """One question for a chain of moves that starts at an entity: from the inside to the outside,
+    each move's noun phrase takes the entity's place in the next."""
     for name in chain[:-1]:
         entity = MOVES[name].stands_for.format(entity)
     return MOVES[chain[-1]].ask.format(entity)
 
 
 def make_hop(move, entity, value):
-    """One look-up: its sub-question, base and answer, what it is called, and the fact that its evidence states."""
-    return {"query": move.ask.format(entity), "base": move.base, "answer": value, "need": move.need,
-            "quote": move.fact.format(entity, value)}
+    """One look-up: its sub-question, base and answer, what it is called, and the fact that its
+    evidence states."""
+    return {"query": move.ask.format(entity), "base": move.base, "answer": value,
+            "need": move.need, "quote": move.fact.format(entity, value)}
 
 
 def compare_question(a, b, people_a, people_b):
-    """Which of two countries has more people? The final thought lays the numbers side by side before it names the
-    winner."""
-    hops = [make_hop(MOVES["population"], a, people_a), make_hop(MOVES["population"], b, people_b)]
-    more, winner = max((people_a, a), (people_b, b), key=lambda x: int(x[0]))
-    return {"question": f"Which country has more people, {a} or {b}?", "answer": winner, "kind": "compare",
-            "hops": hops, "photo": None, "thought": f"{people_a} {a} {people_b} {b} more {more} {winner}"}
+    """Which of two countries has more people? The final thought lays the numbers side by side
+    before it names the winner."""
+    population = MOVES["population"]
+    hops = [make_hop(population, a, people_a), make_hop(population, b, people_b)]
+    more, winner = (people_a, a) if int(people_a) >= int(people_b) else (people_b, b)
+    thought = f"{people_a} {a} {people_b} {b} more {more} {winner}"
+    return {"question": f"Which country has more people, {a} or {b}?", "answer": winner,
+            "kind": "compare", "hops": hops, "photo": None, "thought": thought}
 
 
-# ----------------------------------------------------------------------------------------------------------- step files
-# The problem strings are the published ones of Step-GRPO files; the system prompts are a word each, since a
-# tiny model pays for every token. infer.py renders the same strings; a test compares the two.
-INTRO = ("According to the related information searched, `ter` means this info is from text retriever, "
-         "`tir` means this info is from text image retriever, `tar` means this info is from table retriever:")
-ASK = "\n\n\n Give me the answer(with the format <answer></answer>) to the Question: "
-FINISH = "Now, give me the final answer of the origin question: "
+# -------------------------------------------------------------------------------------- step files
+# The problems are those of the step language; the system prompts are a word each, since a tiny
+# model pays for every token.
 
 
 def ret_step(q, history, query, retriever, thought):
     """A routing step: the question and what is known so far -> a sub-question and its retriever."""
-    image = "<image>" if q["photo"] is not None else ""
-    problem = f"Origin question: {q['question']}\n{pairs(history)}{image}"
+    problem = route_problem(q["question"], history, q["photo"] is not None)
     return {"step_type": "ret", "problem": problem, "system": "plan",
             "answer": {"query": query, "retriever": [retriever]}, "thought": thought}
 
 
 def ans_step(question, evidence, answer, thought, photo, system="read"):
     """An answering step: evidence lines and a sub-question -> its answer."""
-    image = "<image>" if photo is not None else ""
-    problem = INTRO + "\n".join(evidence) + ASK + question + image
-    return {"step_type": "ans", "problem": problem, "system": system, "answer": answer, "thought": thought}
+    lines = "".join(f"{line}\n" for line in evidence)
+    problem = EVIDENCE_HEADER + lines + ASK + question + (IMAGE if photo is not None else "")
+    return {"step_type": "ans", "problem": problem, "system": system, "answer": answer,
+            "thought": thought}
 
 
 def final_step(q, history):
-    """The last step: the question and all that is known -> the final answer, as a list of accepted ones."""
-    image = "<image>" if q["photo"] is not None else ""
-    problem = f"Origin question: {q['question']}\n{pairs(history)}{FINISH}{q['question']}{image}"
+    """The last step: the question and all that is known -> the list of accepted final answers."""
+    problem = final_problem(q["question"], history, q["photo"] is not None)
     return {"step_type": "ans", "problem": problem, "system": "answer", "answer": [q["answer"]],
             "thought": q["thought"]}
 
 
-def pairs(history):
-    """The history as a prompt lists it."""
-    return "".join(f"Sub-question{i}: {query}\nAnswer{i}: {answer}\n" for i, (query, answer) in enumerate(history, 1))
-
-
 def gold_steps(world, q, rng, peel=False):
-    """The steps of a question as they should be: ask, read, ask, read, ..., nothing more is needed, answer.
+    """The steps of a question as they should be: ask, read, ask, read, ..., nothing more is needed,
+    answer.
 
-    A peeled thought first says what is left of the question once the answers so far have taken the place of their
-    phrases. Each step is then the step of a shallower question, whatever the depth it began with.
+    A peeled thought first says what is left of the question once the answers so far have taken the
+    place of their phrases. Each step is then the step of a shallower question, whatever the depth
+    it began with.
     """
     steps, history = [], []
     for hop in q["hops"]:
         evidence = world.evidence(hop["base"], hop["query"], rng, photo=q["photo"])
-        said = f"{hop['quote']} {hop['answer']}"
-        left = f"{hop['left']} " if peel and history and "left" in hop else ""
-        steps.append(ret_step(q, history, hop["query"], RETRIEVERS[hop["base"]], f"{left}need {hop['need']}"))
-        steps.append(ans_step(hop["query"], evidence, hop["answer"], said, q["photo"]))
+        thought = f"need {hop['need']}"
+        if peel and history and "rest" in hop:
+            thought = f"{hop['rest']} {thought}"
+        quote = f"{hop['quote']} {hop['answer']}"
+        steps.append(ret_step(q, history, hop["query"], RETRIEVERS[hop["base"]], thought))
+        steps.append(ans_step(hop["query"], evidence, hop["answer"], quote, q["photo"]))
         history.append((hop["query"], hop["answer"]))
     return steps + [ret_step(q, history, "none", "none", "enough"), final_step(q, history)]
 
 
 def weak_steps(world, q, rng):
-    """Deliberately poor demonstrations: bases at random, every second sub-question useless or an early stop; the
-    answers stay right.
+    """Deliberately poor demonstrations: bases at random, every second sub-question useless or an
+    early stop; the answers stay right.
 
-    What is left to learn by reinforcement is exactly when, where and what to retrieve; reading is taught, or no reward
-    has a signal. The useless half is one third too vague (the whole question), one third an early stop, one third some
-    hop of the question, whether it is its turn or not.
+    What is left to learn by reinforcement is exactly when, where and what to retrieve; reading is
+    taught, or no reward has a signal. The useless half is one third too vague (the whole question),
+    one third an early stop, one third some hop of the question, whether it is its turn or not.
     """
     steps = gold_steps(world, q, rng)
     for step in steps:
         if step["step_type"] != "ret":
             continue
-        query, thought, stop = step["answer"]["query"], step["thought"], step["answer"]["retriever"] == ["none"]
+        query, thought = step["answer"]["query"], step["thought"]
+        stops = step["answer"]["retriever"] == ["none"]
         if rng.random() < 0.5:
-            u, hop = rng.random(), rng.choice(q["hops"]) if q["hops"] else None
-            stop = 1 / 3 <= u < 2 / 3
-            if stop:
+            u = rng.random()
+            hop = rng.choice(q["hops"]) if q["hops"] else None
+            stops = 1 / 3 <= u < 2 / 3
+            if stops:
                 query, thought = "none", "enough"
             elif u < 1 / 3 or hop is None:
                 query, thought = q["question"], "need fact"
             else:
                 query, thought = hop["query"], "need " + hop["need"]
-        step["answer"] = {"query": query, "retriever": ["none" if stop else rng.choice(list(RETRIEVERS.values()))]}
+        retriever = "none" if stops else rng.choice(list(RETRIEVERS.values()))
+        step["answer"] = {"query": query, "retriever": [retriever]}
         step["thought"] = thought
     return steps
 
 
 def baseline_steps(world, q, rng):
-    """The same question for pipelines that do not route: from the weights alone, one base asked once, all three asked
-    once."""
-    ask = lambda base, k: world.evidence(base, q["question"], rng, k, q["photo"])
-    thought = q["hops"][-1]["quote"] + " " + q["answer"] if len(q["hops"]) == 1 else q["thought"]
+    """The same question for pipelines that do not route: from the weights alone, one base asked
+    once, all three asked once."""
+    thought = q["thought"]
+    if len(q["hops"]) == 1:
+        thought = q["hops"][0]["quote"] + " " + q["answer"]
     mode = rng.choice(["direct", "static", "static", "text", "image", "table"])
     if mode == "direct":
         return [final_step(q, [])]
-    evidence = [line for base in RETRIEVERS for line in ask(base, 1)] if mode == "static" else ask(mode, 2)
-    return [ans_step(q["question"], evidence, q["answer"], thought, q["photo"], system="read")]
+    evidence = []
+    for base in RETRIEVERS if mode == "static" else (mode,):
+        k = 1 if mode == "static" else 2
+        evidence += world.evidence(base, q["question"], rng, k, q["photo"])
+    return [ans_step(q["question"], evidence, q["answer"], thought, q["photo"])]
 
 
 def copy_task(world, rng):
@@ -448,32 +557,36 @@ def copy_task(world, rng):
 
     Copying an unseen name is the hard part of reading.
     """
-    moves = rng.choices([m for m in MOVES if m in world.facts and m != "flag"], k=rng.randint(2, 5))
-    facts = []
-    for move in moves:
-        value = str(rng.randint(10, 99)) if MOVES[move].target == "number" else rng.choice(world.names)
+    there = [move for move in MOVES if move in world.facts and move != "flag"]
+    facts, evidence = [], []
+    for move in rng.choices(there, k=rng.randint(2, 5)):
+        number = MOVES[move].target == "number"
+        value = str(rng.randint(10, 99)) if number else rng.choice(world.names)
         facts.append((move, rng.choice(world.names), value))
-    said = [MOVES[m].fact.format(entity, value) for m, entity, value in facts]
-    evidence = [f"{PREFIXES[MOVES[m].base]}-{i}: {text}." for i, ((m, _, _), text) in enumerate(zip(facts, said))]
+    texts = [MOVES[move].fact.format(entity, value) for move, entity, value in facts]
+    for i, (move, _, _) in enumerate(facts):
+        evidence.append(f"{PREFIX[MOVES[move].base]}-{i}: {texts[i]}.")
     move, entity, value = rng.choice(facts)
-    thought = " ".join(rng.sample(said, len(said)))
-    return [ans_step(MOVES[move].ask.format(entity), evidence, value, thought, None, system="copy")]
+    thought = " ".join(rng.sample(texts, len(texts)))
+    return [ans_step(MOVES[move].ask.format(entity), evidence, value, thought, None, "copy")]
 
 
 def compare_task(world, rng):
-    """Practice in comparing: the last step of a comparison with numbers and names drawn at random."""
+    """Practice in comparing: the last step of a comparison with random numbers and names."""
     a, b = rng.sample(world.names, 2)
-    q = compare_question(a, b, *map(str, rng.sample(range(10, 50), 2)))
-    return [final_step(q, [(h["query"], h["answer"]) for h in q["hops"]])]
+    people_a, people_b = rng.sample(range(10, 50), 2)
+    q = compare_question(a, b, str(people_a), str(people_b))
+    return [final_step(q, [(hop["query"], hop["answer"]) for hop in q["hops"]])]
 
 
 def fresh_names(steps, world, rng):
-    """The same steps with every name replaced by another one of the split: what cannot be remembered has to be read."""
+    """The same steps with every name replaced by another one of the split: what cannot be
+    remembered has to be read."""
     new = {}
 
     def swap(match):
         name = match.group()
-        if name not in world.known:
+        if name not in world.own_names:
             return name
         while name not in new:
             candidate = rng.choice(world.names)
@@ -481,84 +594,105 @@ def fresh_names(steps, world, rng):
                 new[name] = candidate
         return new[name]
 
-    def rename(x):
-        if isinstance(x, str):
-            return re.sub(r"[A-Z][a-z]{5}", swap, x)
-        if isinstance(x, list):
-            return [rename(y) for y in x]
-        return {k: rename(y) for k, y in x.items()} if isinstance(x, dict) else x
-    return [{k: rename(v) if k != "system" else v for k, v in s.items()} for s in steps]
+    def rename(value):
+        if isinstance(value, str):
+            return NAME.sub(swap, value)
+        if isinstance(value, list):
+            return [rename(item) for item in value]
+        if isinstance(value, dict):
+            return {key: item if key == "system" else rename(item) for key, item in value.items()}
+        return value
+
+    return rename(steps)
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------- files
 
 
 def write_lines(path, rows):
-    """Write JSON lines beside the file, then rename."""
-    new = path.with_name(path.name + ".new")
-    with open(new, "w", encoding="utf-8") as f:
-        for row in rows:
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
-    new.replace(path)
+    """Writes JSON lines, whole or not at all."""
+    with replacing(path) as new:
+        with open(new, "w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 class Photos:
     """Photos are taken when they are first asked for: up to four of a country."""
+
     def __init__(self, world, out):
-        self.world, self.out, self.number, self.taken = world, out, {c: i for i, c in enumerate(world.countries)}, set()
+        self.world, self.out, self.paths = world, out, set()
+        self.number = {country: i for i, country in enumerate(world.countries)}
         (out / "photos").mkdir(exist_ok=True)
 
     def of(self, country, rng):
         path = f"photos/{self.number[country]}-{rng.randrange(4)}.jpg"
-        if path not in self.taken:
-            take_photo(self.world.flags[country], random.Random(path)).save(self.out / path, quality=90)
-            self.taken.add(path)
+        if path not in self.paths:
+            photo = take_photo(self.world.flags[country], random.Random(path))
+            photo.save(self.out / path, quality=90)
+            self.paths.add(path)
         return path
 
 
-def choose_kinds(there, names, hops, compositions):
-    """The named kinds, or those of that depth -> [(kind, its chains of moves)], of all compositions, those to train on
-    or those held out."""
-    depth = lambda kind: len(there[kind][0]) if there[kind] else 0
-    names = names or [k for k in there if max(depth(k), 2) == hops]
-    if unknown := [k for k in names if k not in there]:
-        raise ValueError(f"--kinds: {', '.join(unknown)} unknown; there are {', '.join(there)}")
-    wanted = lambda chain: compositions == "all" or held_out(chain) == (compositions == "held")
-    chosen = [(k, [c for c in there[k] if wanted(c)]) for k in names]
-    chosen = [(k, chains) for k, chains in chosen if chains or not there[k] and compositions != "held"]
+def choose_kinds(kinds, names, hops, compositions):
+    """The named kinds, or those of that depth -> [(kind, its chains of moves)], of all
+    compositions, those to train on or those held out."""
+    unknown = [name for name in names if name not in kinds]
+    if unknown:
+        raise ValueError(f"--kinds: {', '.join(unknown)} unknown; there are {', '.join(kinds)}")
+    chosen = []
+    for kind, chains in kinds.items():
+        depth = max(2, len(chains[0]) if chains else 0)
+        if kind not in names if names else depth != hops:
+            continue
+        wanted = list(chains)
+        if compositions != "all":
+            wanted = [chain for chain in chains if held_out(chain) == (compositions == "held")]
+        if wanted or not chains and compositions != "held":
+            chosen.append((kind, wanted))
+    if names:
+        chosen.sort(key=lambda item: names.index(item[0]))
     if not chosen:
-        raise ValueError(f"--hops {hops} --compositions {compositions}: no such question; five hops need --rich, "
-                         "held-out compositions at least --hops 3")
+        raise ValueError(f"--hops {hops} --compositions {compositions}: no such question; five "
+                         "hops need --rich, held-out compositions at least --hops 3")
     return chosen
 
 
-PICTURES = {"flags": r"\d+\.png", "photos": r"\d+-\d\.jpg", "practice": r"\d+\.jpg"}      # of a world, by folder
+# of a world, by folder
+PICTURES = {"flags": r"\d+\.png", "photos": r"\d+-\d\.jpg", "practice": r"\d+\.jpg"}
+PRACTICE_FILES = ("fresh", "weak", "baselines", "describe", "copy", "compare")
 
 
 def make_room(out):
-    """Where an older world stands, its questions go first, so that it is no whole world while another is written, then
-    its practice files and pictures. ValueError where something else stands, with nothing changed."""
-    pictures = [file for folder in PICTURES for file in (out / folder).glob("*")]
-    foreign = [file for file in pictures if not re.fullmatch(PICTURES[file.parent.name], file.name)]
-    if foreign or out.is_dir() and any(out.iterdir()) and not (out / "flags").is_dir():
-        raise ValueError(f"--out {out}: holds other files ({(foreign or [*out.iterdir()])[0].name}) and no world: name "
+    """Where an older world stands, its questions go first, so that it is no whole world while
+    another is written, then its practice files and pictures. ValueError where something else
+    stands, with nothing changed."""
+    pictures, foreign = [], []
+    for folder, pattern in PICTURES.items():
+        for file in (out / folder).glob("*"):
+            own = re.fullmatch(pattern, file.name)
+            (pictures if own else foreign).append(file)
+    if out.is_dir() and not (out / "flags").is_dir():
+        foreign += out.iterdir()
+    if foreign:
+        raise ValueError(f"--out {out}: holds other files ({foreign[0].name}) and no world: name "
                          "another folder, nothing was overwritten")
-    for name in ("questions", "fresh", "weak", "baselines", "describe", "copy", "compare"):
+    for name in ("questions", *PRACTICE_FILES):
         (out / f"{name}.jsonl").unlink(missing_ok=True)
     for file in pictures:
         file.unlink()
 
 
 def write_world(out, split, seed, questions, countries, kinds, rich=False, peel=False):
-    """Write one world: corpora, pictures, questions.jsonl and steps.jsonl.
+    """Writes one world: corpora, pictures, steps.jsonl and questions.jsonl.
 
     Returns the world and its questions with their photos.
     """
     world = World(split, seed, countries, rich)
     make_room(out)
     (out / "flags").mkdir(parents=True, exist_ok=True)
-    for i, c in enumerate(world.countries):
-        draw_flag(world.flags[c]).save(out / "flags" / f"{i}.png")
+    for i, country in enumerate(world.countries):
+        draw_flag(world.flags[country]).save(out / "flags" / f"{i}.png")
     for base, docs in world.corpora.items():
         write_lines(out / f"{base}.jsonl", docs)
     photos, rng, rows = Photos(world, out), random.Random(f"{split} questions {seed}"), []
@@ -566,28 +700,41 @@ def write_world(out, split, seed, questions, countries, kinds, rich=False, peel=
         q = world.question(*kinds[i % len(kinds)], rng)
         rows.append((q, photos.of(q["photo"], rng) if q["photo"] else None))
     rng.shuffle(rows)
-    write_lines(out / "steps.jsonl", (
-        {"images": [image] if image else [], "steps": gold_steps(world, q, rng, peel)} for q, image in rows))
-    write_lines(out / "questions.jsonl", (                     # the last file: where it is, the world is whole
-        {"id": f"{split}-{seed}-{i}", "question": q["question"], "answer": [q["answer"]], "image": image,
-         "kind": q["kind"],
-         "hops": [{"query": h["query"], "retriever": RETRIEVERS[h["base"]], "answer": h["answer"]} for h in q["hops"]]}
-        for i, (q, image) in enumerate(rows)))
+    steps = [step_row(gold_steps(world, q, rng, peel), image) for q, image in rows]
+    write_lines(out / "steps.jsonl", steps)
+    ids = [f"{split}-{seed}-{i}" for i in range(questions)]
+    lines = [question_row(name, q, image) for name, (q, image) in zip(ids, rows)]
+    write_lines(out / "questions.jsonl", lines)         # the last file: where it is, all is there
     return world, rows
 
 
+def step_row(steps, image):
+    """A line of a step file."""
+    return {"images": [image] if image else [], "steps": steps}
+
+
+def question_row(name, q, image):
+    """A line of questions.jsonl."""
+    hops = []
+    for hop in q["hops"]:
+        retriever = RETRIEVERS[hop["base"]]
+        hops.append({"query": hop["query"], "retriever": retriever, "answer": hop["answer"]})
+    return {"id": name, "question": q["question"], "answer": [q["answer"]], "image": image,
+            "kind": q["kind"], "hops": hops}
+
+
 def write_practice(out, world, rows, seed, amount, peel=False):
-    """Write what a tiny model is trained on beside steps.jsonl: the same steps and weak ones with fresh names, and
-    practice tasks."""
+    """Writes what a tiny model is trained on beside steps.jsonl: the same steps and weak ones with
+    fresh names, and practice tasks."""
     rng = random.Random(f"practice {seed}")
     (out / "practice").mkdir(exist_ok=True)
 
-    def renamed(make):
+    def renamed(make, *more):
         for q, image in rows:
-            steps = make(world, q, rng)
+            steps = make(world, q, rng, *more)
             if rng.random() < 0.9:
                 steps = fresh_names(steps, world, rng)
-            yield {"images": [image] if image else [], "steps": steps}
+            yield step_row(steps, image)
 
     def descriptions():
         for i in range(amount):
@@ -595,70 +742,81 @@ def write_practice(out, world, rows, seed, amount, peel=False):
             take_photo(flag, rng).save(out / "practice" / f"{i}.jpg", quality=90)
             question, answer = look_question(flag, rng)
             q = {"question": question, "answer": answer, "photo": "", "thought": describe(flag)}
-            yield {"images": [f"practice/{i}.jpg"], "steps": [final_step(q, [])]}
-    write_lines(out / "fresh.jsonl", renamed(lambda *of: gold_steps(*of, peel)))
+            yield step_row([final_step(q, [])], f"practice/{i}.jpg")
+
+    def practised(task, count):
+        for _ in range(count):
+            yield step_row(task(world, rng), None)
+
+    write_lines(out / "fresh.jsonl", renamed(gold_steps, peel))
     write_lines(out / "weak.jsonl", renamed(weak_steps))
     write_lines(out / "baselines.jsonl", renamed(baseline_steps))
     write_lines(out / "describe.jsonl", descriptions())
-    write_lines(out / "copy.jsonl", ({"images": [], "steps": copy_task(world, rng)} for _ in range(3 * amount)))
-    write_lines(out / "compare.jsonl", ({"images": [], "steps": compare_task(world, rng)} for _ in range(amount)))
+    write_lines(out / "copy.jsonl", practised(copy_task, 3 * amount))
+    write_lines(out / "compare.jsonl", practised(compare_task, amount))
 
 
-def main():
-    p = argparse.ArgumentParser(
-        description="Write one embedded world: three corpora, pictures, questions and training steps.")
-    p.add_argument("--split", choices=list(SHARES), default="test", help="which part of the name space (default test)")
-    p.add_argument("--seed", type=int, default=0, help="another seed, another world (default 0)")
-    p.add_argument("--questions", type=int, default=500, help="number of questions, the kinds in turn (default 500)")
-    p.add_argument("--countries", type=int,
-                   help="countries, as many people and cups (default 1200 for train, 300 otherwise)")
-    p.add_argument("--hops", type=int, choices=(2, 3, 4, 5), default=2,
-                   help="2: the standard mix of none to two hops (default); 3, 4 or, with --rich, 5: only that depth")
-    p.add_argument("--kinds", nargs="+", metavar="KIND",
-                   help=f"only these kinds of question, whatever --hops says: {', '.join(KINDS)}")
-    p.add_argument("--rich", action="store_true", help="a world with more relations, and questions of all chains in it")
-    p.add_argument("--compositions", choices=("all", "train", "held"), default="all",
-                   help="of three and more hops: all (default), those to train on, or those held out (depth study)")
-    p.add_argument("--peel", action="store_true",
-                   help="thoughts say what is left of the question after the answers so far")
-    p.add_argument("--practice", type=int, metavar="N",
-                   help="also write what a tiny model trains on: fresh names, weak demonstrations, "
-                        "N of each practice task")
-    p.add_argument("--shell", type=Path, metavar="DIR",
-                   help="write the tiny model's directory without weights there (and no world unless --out is given)")
+# ------------------------------------------------------------------------------------ command line
+
+
+@dataclass(frozen=True)
+class WorldOptions:
+    """Write one embedded world: three corpora, pictures, questions and training steps."""
+    split: str = option("test", "which part of the name space", choices=tuple(SHARES))
+    seed: int = option(0, "another seed, another world", least=-math.inf)
+    questions: int = option(500, "number of questions, the kinds in turn", least=1)
+    countries: int = option(None, "countries, as many people and cups; by default 1200 for train, "
+                            "300 otherwise", least=2)
+    hops: int = option(2, "2: the standard mix of none to two hops; 3, 4 or, with --rich, 5: only "
+                       "that depth", least=2, most=5)
+    kinds: tuple = option((), "only these kinds of question, whatever --hops says: "
+                          + ", ".join(KINDS), nargs="+", metavar="KIND")
+    rich: bool = option(False, "a world with more relations, and questions of all chains in it")
+    compositions: str = option("all", "of three and more hops: all, those to train on, or those "
+                               "held out (depth study)", choices=("all", "train", "held"))
+    peel: bool = option(False, "thoughts say what is left of the question after the answers so far")
+    practice: int = option(None, "also write what a tiny model trains on: fresh names, weak "
+                           "demonstrations, N of each practice task", least=1, metavar="N")
+    shell: str = option("", "write the tiny model's directory without weights there, and no world "
+                        "unless --out is given", metavar="DIR")
+    out: str = option(None, "directory of the world; by default data/world, unless --shell is "
+                      "given", metavar="DIR")
+
+    def __post_init__(self):
+        check_options(self)
+
+
+def command(words):
+    """Writes what the flags ask for."""
+    p = OneLineParser(prog="lab.world", description=WorldOptions.__doc__)
+    add_flags(p, WorldOptions)
     p.add_argument("--shape", type=int, nargs=5, default=(128, 4, 4, 2, 320), metavar="N",
-                   help="of --shell: hidden size, layers, heads, key/value heads, feed-forward")
-    p.add_argument("--out", metavar="DIR", help="directory of the world (default data/world, unless --shell is given)")
-    p.error = lambda message: p.exit(2, f"world.py: {message}\n")
-    a = p.parse_args()
-    try:
-        hidden, layers, heads, kv_heads, inner = a.shape
-        if min(a.shape) < 1 or hidden % (8 * heads) or heads % kv_heads:
-            raise ValueError(f"--shape {' '.join(map(str, a.shape))}: give numbers of at least 1, a hidden size that "
-                             "is a multiple of 8 for each head, and key/value heads that divide the heads")
-        if a.practice is not None and a.practice < 1:
-            raise ValueError(f"--practice {a.practice}: give at least 1")
-        if a.shell:
-            from lab.tiny import write_shell             # here, since tiny.py reads this world's words
-            write_shell(a.shell, *a.shape)
-        if a.out is not None or not a.shell:
-            out = Path("data/world" if a.out is None else a.out)
-            if not a.out and a.out is not None:
-                raise ValueError("--out is empty: name a folder")
-            kinds = choose_kinds(RICH_KINDS if a.rich else KINDS, a.kinds, a.hops, a.compositions)
-            countries = (1200 if a.split == "train" else 300) if a.countries is None else a.countries
-            if a.questions < 1 or countries < 2:
-                raise ValueError(f"--questions {a.questions} and --countries {countries}: at least 1 question and "
-                                 "2 countries are needed")
-            world, rows = write_world(out, a.split, a.seed, a.questions, countries, kinds, a.rich, a.peel)
-            if a.practice:
-                write_practice(out, world, rows, a.seed, a.practice, a.peel)
-            passages = ", ".join(f"{len(d)} {b} passages" for b, d in world.corpora.items())
-            print(f"{out}: {len(world.countries)} countries, {passages}, {len(rows)} questions "
-                  f"needing {sum(len(q['hops']) for q, _ in rows) / len(rows):.2f} retrievals each")
-    except (OSError, ValueError) as e:
-        p.error(str(e))
+                   help="of --shell: hidden size, layers, heads, key/value heads, feed-forward "
+                        "[128 4 4 2 320]")
+    args = p.parse_args(words)
+    o = from_flags(WorldOptions, args)
+    if o.out == "":
+        raise ValueError("--out is empty: name a folder")
+    if o.shell:
+        from lab.tiny import write_shell        # here, since tiny.py reads this world's words
+        write_shell(Path(o.shell), *args.shape)
+    if o.shell and o.out is None:
+        return
+    out = Path(o.out or "data/world")
+    kinds = choose_kinds(RICH_KINDS if o.rich else KINDS, o.kinds, o.hops, o.compositions)
+    countries = o.countries or (1200 if o.split == "train" else 300)
+    world, rows = write_world(out, o.split, o.seed, o.questions, countries, kinds, o.rich, o.peel)
+    if o.practice:
+        write_practice(out, world, rows, o.seed, o.practice, o.peel)
+    passages = ", ".join(f"{len(docs)} {base} passages" for base, docs in world.corpora.items())
+    retrievals = sum(len(q["hops"]) for q, _ in rows) / len(rows)
+    print(f"{out}: {len(world.countries)} countries, {passages}, {len(rows)} questions needing "
+          f"{retrievals:.2f} retrievals each")
+
+
+def main(argv=None):
+    return run_command("lab.world", command, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

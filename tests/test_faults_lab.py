@@ -21,8 +21,8 @@ def _(b):
     return ["world", "--countries", 12, "--questions", 13, "--out", b.file("taken", "") / "w"], "taken"
 
 
-for words, said in ((["--questions", "0"], "at least 1 question"), (["--countries", "1"], "2 countries"),
-                    (["--countries", "0"], "--countries 0"), (["--practice", "0"], "--practice 0"),
+for words, said in ((["--questions", "0"], "--questions is 0: give at least 1"), (["--countries", "1"], "--countries is 1: give at least 2"),
+                    (["--countries", "0"], "--countries is 0"), (["--practice", "0"], "--practice is 0"),
                     (["--kinds", "riddle"], "riddle unknown")):
     case(f"options: world {' '.join(words)}")(
         lambda b, words=words, said=said: (["world", *words, "--out", b.out], said))

@@ -5,13 +5,12 @@ import json
 import random
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import conftest
 from conftest import ROOT
 from lab import world
 from parts.chat import Processor
@@ -19,7 +18,7 @@ from parts.steps import PREFIX, answer_problem, final_problem, route_problem
 
 
 def run(*words):
-    return subprocess.run([sys.executable, "-m", "lab.world", *map(str, words)], capture_output=True, text=True)
+    return conftest.run("lab.world", *words)
 
 
 @pytest.fixture(scope="module")
@@ -263,11 +262,11 @@ def test_every_name_is_two_tokens_and_every_number_one(made):
 
 @pytest.mark.parametrize("words, message", [
     (("--split", "val", "--countries", 481), "six names each are needed"),
-    (("--questions", 0), "--questions 0"),
+    (("--questions", 0), "--questions is 0"),
     (("--kinds", "text", "colour"), "colour unknown"),
     (("--hops", 5), "five hops need --rich"),
     (("--compositions", "held", "--rich"), "at least --hops 3"),
-    (("--practice", -5), "--practice -5"),
+    (("--practice", -5), "--practice is -5"),
     (("--shell", "m", "--shape", 0, 4, 4, 2, 320), "--shape 0"),
     (("--shell", "m", "--shape", 96, 4, 3, 2, 320), "key/value heads that divide"),
 ])
