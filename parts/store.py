@@ -1,144 +1,231 @@
-"""A knowledge base as a folder: manifest, shards, builds that go on."""
+"""A knowledge base as a folder: shards, a manifest with the checksum of every file, and builds that
+go on where they were killed.
+
+    00000.hnsw (or .npy)    the index of shard 0
+    00000.docs.jsonl        its documents, a line each, in the order of the index's rows
+    00000.offsets.npy       where each line begins
+    encoder.json            what the encoder learned from the corpus
+    manifest.json           what the base is made of, and the size and checksum of each other file
+
+A build works in a hidden folder beside the base. There, progress/plan.json says what is built and
+progress/N.json that shard N is finished; the base appears, by one rename, when all are.
+"""
 import hashlib
+import itertools
 import json
+import math
 import mmap
 import os
 import re
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from parts.corpora import distinct
-from plumbing.old import checksum, read_json, settle, write_json
+from parts.corpora import checked_doc, distinct
+from plumbing.files import (Progress, beside, checksum, put_in_place, read_json, remove, say,
+                            settle, write_json)
 
-FORMAT = 1  # of the folder on disk; a base of another format is refused
+FORMAT = 1      # of the folder on disk; a base of another format is refused
 
 
-# --------------------------------------------------------------------------------------------------- the folder on disk
+# ----------------------------------------------------------------------------------------- shards
 
 class DocFile:
-    """Documents on disk, read by offset when they are asked for; image paths come back joined to the base's folder."""
+    """Documents on disk, each read by its offset when it is needed. Image paths come back joined to
+    the base's folder."""
 
     def __init__(self, folder, stem):
         self.folder = os.fspath(folder)
-        self.offsets = np.load(folder / f"{stem}.offsets.npy")  # (N + 1,) first bytes of the lines
+        self.offsets = np.load(folder / f"{stem}.offsets.npy")      # (N + 1,) first bytes of lines
         with open(folder / f"{stem}.docs.jsonl", "rb") as file:
             self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def __len__(self):
         return len(self.offsets) - 1
 
-    def __getitem__(self, i):
-        doc = json.loads(self.bytes[self.offsets[i]:self.offsets[i + 1]])
-        return {**doc, "image": doc["image"] and os.path.normpath(os.path.join(self.folder, doc["image"]))}
+    def __getitem__(self, row):
+        doc = json.loads(self.bytes[self.offsets[row]:self.offsets[row + 1]])
+        if doc["image"]:
+            doc["image"] = os.path.normpath(os.path.join(self.folder, doc["image"]))
+        return doc
 
 
-def write_manifest(folder, encoder, options, records, corpus=None):
-    """The last file of a base: what it is made of, and how to tell that nothing changed since. corpus: the checksum of
-    the file that it follows (load_or_build)."""
-    write_json(folder / "encoder.json", encoder.state())
-    body = {"format": FORMAT, "count": sum(record["count"] for record in records), "dim": encoder.dim, "space": "ip",
-            "encoder": {"name": encoder.name, "options": encoder.options, "fingerprint": encoder.fingerprint()},
-            "index": asdict(options), "shards": records, "files": {"encoder.json": checksum(folder / "encoder.json")},
-            **({"corpus": corpus} if corpus else {})}
-    write_json(folder / "manifest.json", {**body, "sha256": text_sum(body)})
+def stem_of(number):
+    """How the files of a shard begin."""
+    return f"{number:05d}"
 
+
+def write_shard(folder, number, index, docs, home):
+    """Writes an index and its documents as shard `number` and returns the record of it. Image paths
+    are stored relative to `home`, where the base will lie."""
+    stem = stem_of(number)
+    index.save(folder / f"{stem}{index.suffix}")
+    offsets = [0]
+    with open(folder / f"{stem}.docs.jsonl", "wb") as file:
+        for doc in docs:
+            image = doc["image"] and os.path.relpath(doc["image"], home)
+            line = json.dumps({**doc, "image": image}, ensure_ascii=False) + "\n"
+            file.write(line.encode())
+            offsets.append(file.tell())
+    np.save(folder / f"{stem}.offsets.npy", np.array(offsets))
+    files = sorted(folder.glob(f"{stem}.*"))
+    settle(*files, folder)                              # before a record says that they are whole
+    return {"count": len(docs), "files": {file.name: checksum(file) for file in files}}
+
+
+# --------------------------------------------------------------------------------------- manifest
 
 def text_sum(value):
     """Checksum of a JSON value, whatever its spacing."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def read_manifest(path, suffix_of):
-    """The manifest of a base, if this program can read it and nobody changed it. suffix_of(index): the ending of the
-    index's files."""
+def write_manifest(folder, encoder, options, records, corpus=None):
+    """Writes the last files of a base: what the encoder learned, what the base is made of, and how
+    to tell that nothing changed since. corpus: the checksum of the file that the base follows."""
+    write_json(folder / "encoder.json", encoder.state())
+    manifest = {
+        "format": FORMAT,
+        "count": sum(record["count"] for record in records),
+        "dim": encoder.dim,
+        "space": "ip",
+        "encoder": {"name": encoder.name, "options": encoder.options,
+                    "fingerprint": encoder.fingerprint()},
+        "index": asdict(options),
+        "shards": records,
+        "files": {"encoder.json": checksum(folder / "encoder.json")},
+    }
+    if corpus is not None:
+        manifest["corpus"] = corpus
+    manifest["sha256"] = text_sum(manifest)
+    write_json(folder / "manifest.json", manifest)
+
+
+def read_manifest(path):
+    """The manifest of a base, if this program can read it and nobody changed it since."""
     file = Path(path) / "manifest.json"
     if not file.is_file():
-        raise ValueError(f"{path}: no knowledge base here (no manifest.json): make one with retrieve.py build")
+        raise ValueError(f"{path}: no knowledge base here (no manifest.json): make one with "
+                         "retrieve.py build")
     manifest = read_json(file)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{file}: not of format {FORMAT}, which this program reads: build the base again")
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{file}: not of format {FORMAT}, which this program reads: build the "
+                         "base again")
     if manifest.pop("sha256", None) != text_sum(manifest):
         raise ValueError(f"{file}: altered (checksum differs): build the base again")
-    try:
-        endings = (".docs.jsonl", suffix_of(manifest["index"]), ".offsets.npy")
-        expected = [f"{number:05d}{ending}" for number in range(len(manifest["shards"])) for ending in endings]
-        fits = ([name for name, _ in listed_files(manifest)] == ["encoder.json", *expected]
-                and {"name", "options", "fingerprint"} <= set(manifest["encoder"]))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        fits = False
-    if not fits:  # its checksum is right, so somebody wrote it that way
-        raise ValueError(f"{file}: not as this program writes it: build the base again")
     return manifest
 
 
 def listed_files(manifest):
-    """(name, checksum) of each file of a base."""
-    return [item for part in (manifest, *manifest["shards"]) for item in part["files"].items()]
+    """{name: checksum} of the files of a base."""
+    files = dict(manifest["files"])
+    for record in manifest["shards"]:
+        files |= record["files"]
+    return files
 
 
 def check_files(path, manifest):
     """Compares every file of a base with its manifest: there, size, checksum."""
-    for name, expected in listed_files(manifest):
+    for name, expected in listed_files(manifest).items():
         file = Path(path) / name
         if not file.is_file():
             raise ValueError(f"{file}: missing: build the base again")
-        if (size := file.stat().st_size) != expected["bytes"]:
-            raise ValueError(f"{file}: {size} bytes, expected {expected['bytes']} (truncated?): build the base again")
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise ValueError(f"{file}: {size} bytes, expected {expected['bytes']} (truncated?): "
+                             "build the base again")
         if checksum(file) != expected:
             raise ValueError(f"{file}: altered (checksum differs): build the base again")
 
 
-def real_place(path):
-    """The absolute path of a base; where a link stands, that of the folder it points to: a save keeps the link."""
-    return Path(os.path.realpath(path) if os.path.islink(path) else os.path.abspath(path))
+# ----------------------------------------------------------------------------------------- places
 
-
-def put_in_place(folder, path):
-    """Renames a finished folder to `path`. A base that stands there is moved aside first, then deleted."""
-    clear_aside(path)
-    settle(folder)
-    if path.exists():
-        os.replace(path, aside_of(path))
-    os.replace(folder, path)
-    settle(path.parent)
-    clear_aside(path)
-
-
-def aside_of(path):
-    return path.parent / f".{path.name}.old"
-
-
-def clear_aside(path):
-    shutil.rmtree(aside_of(path), ignore_errors=True)
-
-
-OWN_FILE = re.compile(r"manifest\.json|encoder\.json|progress|\d{5,}\.(docs\.jsonl|offsets\.npy|hnsw|npy)")
+OWN_FILE = re.compile(r"manifest\.json|encoder\.json|progress"
+                      r"|\d{5,}\.(docs\.jsonl|offsets\.npy|hnsw|npy)")
 
 
 def check_target(path):
-    """A place that a base may be written to: free, empty, or an older base and nothing beside it."""
-    if path.exists() and not (path / "manifest.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path}: exists and is no knowledge base: give another place, nothing was overwritten")
-    for file in sorted(path.iterdir()) if path.exists() else ():
-        if not OWN_FILE.fullmatch(file.name):
-            raise ValueError(f"{file}: not of the base that would be replaced: move it away, nothing was overwritten")
+    """ValueError where a base must not be written: the place has to be free, empty, or an older
+    base with nothing of somebody else's in it."""
+    if not path.exists():
+        return
+    names = sorted(os.listdir(path)) if path.is_dir() else [path.name]
+    if names and not (path / "manifest.json").is_file():
+        raise ValueError(f"{path}: exists and is no knowledge base: give another place, nothing "
+                         "was overwritten")
+    for name in names:
+        if not OWN_FILE.fullmatch(name):
+            raise ValueError(f"{path / name}: not of the base that would be replaced: move it "
+                             "away, nothing was overwritten")
 
 
-def begin_or_resume(work, plan, read, encoder, log):
-    """(Encoder fitted on the corpus, number of documents): of an earlier run with the same plan, else of a new one."""
-    begun = work / "progress" / "plan.json"
-    if begun.is_file():
-        known = read_json(begun)
-        if known["plan"] == plan:
-            log(f"going on in {work}")
-            return encoder.restored(known["state"]), known["count"]
-        log(f"{work} was begun with other options or another corpus: starting anew")
-    encoder, count = encoder.fitted(distinct(read))  # also the look at every row before the long work begins
-    log(f"{count} documents")
-    shutil.rmtree(work, ignore_errors=True)
-    (work / "progress").mkdir(parents=True)
-    write_json(begun, {"plan": plan, "count": count, "state": encoder.state()})
-    return encoder, count
+class Work:
+    """The build of the base at `out` by a plan: any text that differs where the base would."""
+
+    def __init__(self, out, plan):
+        self.out, self.plan = out, plan
+        self.folder = beside(out, "building")
+        self.notes = self.folder / "progress"
+
+    def begun(self, notes):
+        """What a killed run of this plan noted in a folder of notes when it began, else None."""
+        file = notes / "plan.json"
+        noted = read_json(file) if file.is_file() else None
+        return noted if noted and noted["plan"] == self.plan else None
+
+    def finished(self):
+        """The number of documents, where a run was killed just after its base was put in place."""
+        noted = self.begun(self.out / "progress")
+        if noted is None:
+            return None
+        remove(beside(self.out, "old"))
+        remove(self.out / "progress")
+        return noted["count"]
+
+    def begin(self, read, encoder):
+        """(encoder fitted on the corpus, number of documents): of a killed run of this plan, else
+        of a new one, which looks at every row before the long work begins."""
+        noted = self.begun(self.notes)
+        if noted is not None:
+            say(f"going on in {self.folder}")
+            return encoder.restored(noted["state"]), noted["count"]
+        if (self.notes / "plan.json").is_file():
+            say(f"{self.folder} was begun with other options or another corpus: starting anew")
+        encoder, count = encoder.fitted(distinct(read))
+        say(f"{count} documents")
+        remove(self.folder)
+        noted = {"plan": self.plan, "count": count, "state": encoder.state()}
+        write_json(self.notes / "plan.json", noted)
+        return encoder, count
+
+    def run(self, read, encoder, options, shard, build_index):
+        """Builds what is missing and puts the base in its place; returns the number of documents.
+
+        read() gives a fresh stream of documents, `shard` of which become a shard.
+        build_index(docs, encoder, options, progress) gives the index of a list of them.
+        """
+        encoder, count = self.begin(read, encoder)
+        progress = Progress(count, "documents")
+        stream = iter(read())
+        records = []
+        for number in range(math.ceil(count / shard)):
+            docs = itertools.islice(stream, shard)
+            docs = [checked_doc(doc, f"shard {number}") for doc in docs]
+            file = self.notes / f"{number}.json"
+            if file.is_file():
+                progress.add(len(docs), earlier=True)
+            else:
+                index = build_index(docs, encoder, options, progress)
+                write_json(file, write_shard(self.folder, number, index, docs, self.out))
+                index = None                            # else two shards would be in memory
+            docs = None
+            records.append(read_json(file))
+        documents = sum(record["count"] for record in records)
+        if documents != count or next(stream, None) is not None:
+            raise ValueError(f"{self.out}: the corpus changed while it was read: delete "
+                             f"{self.folder} and build again")
+        write_manifest(self.folder, encoder, options, records)
+        put_in_place(self.folder, self.out)
+        remove(self.out / "progress")
+        return count

@@ -1,8 +1,9 @@
 """Files and commands: what any program has, and a reader of the paper may skip.
 
     text that is read      read_json, text_lines, json_object, read_jsonl
-    files that are written replacing (a whole file or folder, or nothing), lock (one writer at a time)
-    a command at work      Progress (how far, how long), run_command (mistakes and signals become a line and a code)
+    files that are written replacing (a whole file or folder, or nothing), lock (one writer)
+    a command at work      Progress (how far, how long), run_command (mistakes and signals become a
+                           line and a code)
 
 Locks are those of flock, which Linux and macOS have.
 """
@@ -17,7 +18,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-MAX_ROW = 4_000_000                     # characters of a line: a longer one is no passage and no question
+MAX_ROW = 4_000_000         # characters of a line: a longer one is no passage and no question
 
 
 # ------------------------------------------------------------------------------------------- text
@@ -46,7 +47,7 @@ def read_json(path, kinds=(dict,)):
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:   # no UTF-8, a number of 5,000 digits, lists in lists
+    except (ValueError, RecursionError) as error:   # no UTF-8, 5,000 digits, lists in lists in lists
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, kinds):
         expected = " or ".join("object" if kind is dict else kind.__name__ for kind in kinds)
@@ -89,7 +90,7 @@ def json_object(line, place):
     except (json.JSONDecodeError, RecursionError) as error:         # lists in lists in lists
         reason = getattr(error, "msg", error)
         raise ValueError(f"{place}: not JSON ({reason}): expected one object a line") from None
-    except ValueError as error:                                     # an integer beyond Python's limit
+    except ValueError as error:                                 # an integer beyond Python's limit
         message = str(error)
         if message.startswith(str(place)):
             raise
@@ -178,7 +179,7 @@ def remove(path):
 
 
 def real_place(path):
-    """The absolute path of what is written; where a link stands, that of its target: the link stays."""
+    """The absolute path of what is written; of a link that of its target, so that the link stays."""
     path = Path(path)
     return Path(os.path.realpath(path) if path.is_symlink() else os.path.abspath(path))
 
@@ -193,7 +194,7 @@ def put_in_place(new, path):
     there is moved aside first, and deleted when the new one is in its place."""
     settle(*(file for file in new.rglob("*") if file.is_file()), new)
     old = beside(path, "old")
-    if new.is_dir() and path.exists():                              # no rename replaces a full folder
+    if new.is_dir() and path.exists():                          # no rename replaces a full folder
         remove(old)
         os.replace(path, old)
     os.replace(new, path)
