@@ -1,6 +1,7 @@
 """What all tests share: the project root on the path, one thread, a way to run a script, and small
 worlds and models that are made once. The files that use them only read them."""
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,8 @@ def world(tmp_path_factory):
     it, and a shell of the tiny model in `shell`."""
     folder = tmp_path_factory.mktemp("world") / "world"
     made("lab.world", "--split", "train", "--countries", 40, "--questions", 39, "--practice", 8,
-         "--out", folder, "--shell", folder / "shell")
+         "--out", folder)
+    made("lab.world", "--shell", folder / "shell")
     return folder
 
 
@@ -76,3 +78,29 @@ def home(tmp_path_factory):
     add_lora(vlm, 2, 4)
     save_adapter(vlm, out / "adapter")
     return out
+
+
+@pytest.fixture(scope="session")
+def noise_model(world, tmp_path_factory):
+    """A random model in the shape of the tiny one: what it says is noise, what it is asked is
+    real."""
+    from model import VLM
+    folder = tmp_path_factory.mktemp("noise") / "model"
+    shutil.copytree(world / "shell", folder)
+    VLM.from_config(folder, seed=0).save_pretrained(folder)
+    (folder / "prompts.json").write_text('{"route": "plan", "answer": "read", "final": "answer"}')
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bases():
+    """Three bases of a few sentences each (scripted.DOCS)."""
+    from scripted import small_bases
+    return small_bases()
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A small random model: as transformers has it, as we load it, its config and its folder."""
+    from networks import make_pair
+    return make_pair(tmp_path_factory.mktemp("small"))
