@@ -1,121 +1,283 @@
-"""A group of candidates for one step, which prompts get one, and what a log says of them."""
+"""Groups: the outputs that were sampled from one prompt, and what each of them earned.
+
+What flows through this file:
+    prompts -> balanced: which of them get a group -> (sampling) -> outputs
+            -> groups_of: each output is judged    -> Group -> (advantages, update)
+                                                            -> reward_metrics, samples.jsonl
+
+A prompt is anything with conversation(), golds() and label(): a step of a file, or a live question.
+golds() are the steps that would be right, as a step file has them. There can be several, since open
+hops may be asked for in any order.
+"""
+import math
 from dataclasses import asdict, dataclass
 
 import torch
 
+from parts.questions import golds_of
+from parts.score import answer_scores
 from parts.steps import RouteStep
 
 
 @dataclass
 class Group:
-    """G outputs of one prompt, what each earned, and where they belong. In outcome mode: those outputs of a question's
-    G trajectories that answered the same prompt, each with the reward and advantage of its trajectory."""
+    """G outputs of one prompt, what each earned, and where they belong.
+
+    In outcome mode: those outputs of a question's G trajectories that answered the same prompt,
+    each with the reward and advantage of its trajectory.
+    """
     conversation: list
     prompt_ids: tuple
     candidates: tuple
     rewards: list                       # of floats
-    parts: list                         # of grpo.Reward, for the log
-    label: str                          # gold route, "answer" or "outcome": what the log and the balance go by
-    golds: list                         # what would be right: answers, {"query", "retriever"} of routing steps
+    parts: list                         # of grpo.Reward, for the log; none in outcome mode
+    label: str                          # gold route, "answer" or "outcome"
+    golds: list                         # what would be right: answers, or {"query", "retriever"}
     advantages: torch.Tensor | None = None
 
     @property
     def mixed(self):
-        """Whether the outputs earned different rewards: only then the group says what was better."""
+        """Whether the outputs earned different rewards: only then it says what was better."""
         return max(self.rewards) > min(self.rewards)
 
     @property
     def solved(self):
         """Whether every output was right in all its parts."""
-        return all(v > 0.999 for p in self.parts for v in (p.similarity, p.route, p.answer) if v is not None)
+        for part in self.parts:
+            for value in (part.similarity, part.route, part.answer):
+                if value is not None and value <= 0.999:
+                    return False
+        return True
 
     @property
     def teaches(self):
-        """Whether an update can learn from it: where all advantages are 0, the gradient of Eq. 5 is, too. Other groups
-        are left out of the update, with their KL and entropy terms."""
+        """Whether an update can learn from it: where all advantages are 0, the gradient of Eq. 5 is
+        0, too. Other groups are left out of the update, with their KL and entropy terms."""
         return bool(self.advantages.any())
 
     @property
-    def size(self):
-        return len(self.prompt_ids) + sum(len(c.token_ids) for c in self.candidates)
+    def finite(self):
+        """Whether the policy's probabilities were numbers."""
+        logps = [logp for candidate in self.candidates for logp in candidate.logps]
+        return all(map(math.isfinite, logps))
 
-    @property
-    def picture(self):
+    def output_tokens(self):
+        return sum(len(candidate.token_ids) for candidate in self.candidates)
+
+    def size(self):
+        """Tokens of the prompt and of all outputs."""
+        return len(self.prompt_ids) + self.output_tokens()
+
+    def has_picture(self):
         return any(not isinstance(message["content"], str) for message in self.conversation)
 
     def as_row(self):
-        """For samples.jsonl: what was asked, what is right, what each output said and earned."""
+        """For samples.jsonl: the prompt, what is right, what each output was and earned."""
         content = self.conversation[-1]["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        known = [{k: v for k, v in asdict(p).items() if v is not None} for p in self.parts]
-        known = known or [{}] * len(self.candidates)                        # no parts in outcome mode
-        return {"label": self.label, "prompt": "".join(p["text"] for p in parts if p["type"] == "text"),
-                "image": next((str(p["image"]) for p in parts if p["type"] == "image"), None), "gold": self.golds,
-                "outputs": [{"text": c.text, "reward": r, "advantage": round(a, 4), "parts": p}
-                            for c, r, a, p in zip(self.candidates, self.rewards, self.advantages.tolist(), known)]}
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        texts = [part["text"] for part in content if part["type"] == "text"]
+        images = [str(part["image"]) for part in content if part["type"] == "image"]
+        outputs = []
+        for i, candidate in enumerate(self.candidates):
+            parts = asdict(self.parts[i]) if self.parts else {}
+            parts = {name: value for name, value in parts.items() if value is not None}
+            outputs.append({"text": candidate.text, "reward": self.rewards[i],
+                            "advantage": round(self.advantages[i].item(), 4), "parts": parts})
+        return {"label": self.label, "prompt": "".join(texts),
+                "image": images[0] if images else None, "gold": self.golds, "outputs": outputs}
 
+    def lines(self):
+        """A line of text for each output: what it earned, and what it says."""
+        lines = []
+        for candidate, reward, advantage in zip(self.candidates, self.parts, self.advantages):
+            words = [f"r {reward.total:.3f}", f"A {advantage:+.3f}",
+                     f"{len(candidate.token_ids):2d} tokens"]
+            for name in ("form", "similarity", "route", "answer"):
+                if getattr(reward, name) is not None:
+                    words.append(f"{name} {getattr(reward, name):.2f}")
+            lines.append("  ".join([*words, candidate.text]))
+        return lines
+
+
+def judge(output, golds, reward):
+    """What an output earned, by that gold step which it is nearest to -> (Reward, gold step).
+
+    reward(output, gold) -> Reward. Nearest: with the most similar sub-question, then the largest
+    total.
+    """
+    best = best_gold = None
+    for gold in golds:
+        earned = reward(output, gold)
+        if best is None or nearness(earned) > nearness(best):
+            best, best_gold = earned, gold
+    return best, best_gold
+
+
+def nearness(reward):
+    return reward.similarity or 0.0, reward.total
+
+
+def groups_of(prompts, outputs, rewards_of):
+    """Sampled outputs -> a Group for each prompt, None where the prompt was too long to be asked.
+
+    outputs: what Router.sample returned for the prompts, (prompt ids, candidates) each.
+    rewards_of([(output, golds)]) -> their Rewards; it is called once, so one call of the encoder
+    measures all of them.
+    """
+    to_judge = []
+    for prompt, (_, candidates) in zip(prompts, outputs):
+        golds = prompt.golds()
+        for candidate in candidates:
+            to_judge.append((candidate.text, golds))
+    rewards = iter(rewards_of(to_judge))
+    groups = []
+    for prompt, (prompt_ids, candidates) in zip(prompts, outputs):
+        group = None
+        if candidates:
+            parts = [next(rewards) for _ in candidates]
+            totals = [part.total for part in parts]
+            answers = [gold["answer"] for gold in prompt.golds()]
+            group = Group(prompt.conversation(), prompt_ids, candidates, totals, parts,
+                          prompt.label(), answers)
+        groups.append(group)
+    return groups
+
+
+def outcome_reward(trajectory):
+    """The recall of the final answer, 0 where a step was malformed."""
+    if trajectory.malformed:
+        return 0.0
+    _, recall, _ = answer_scores(trajectory.answer, golds_of(trajectory.row))
+    return recall
+
+
+def groups_by_prompt(trajectories, rewards, advantages):
+    """The steps of a question's trajectories as groups to update: those that answered the same
+    prompt together. Every step carries the reward and the advantage of its trajectory."""
+    members_of = {}                             # prompt -> [(step, reward, advantage)]
+    for trajectory, reward, advantage in zip(trajectories, rewards, advantages):
+        for step in trajectory.steps:
+            if step.candidates:
+                prompt = step.prompt_ids, str(trajectory.row.get("image"))
+                members_of.setdefault(prompt, []).append((step, reward, advantage))
+    groups = []
+    golds = golds_of(trajectories[0].row)
+    for (prompt_ids, _), members in members_of.items():
+        steps, rewards, advantages = zip(*members)
+        candidates = tuple(step.candidates[0] for step in steps)
+        groups.append(Group(steps[0].conversation, prompt_ids, candidates, list(rewards), [],
+                            "outcome", golds, torch.tensor(advantages)))
+    return groups
+
+
+# ------------------------------------------------------------------------ which prompts get a group
 
 class Interest:
-    """How often the groups of a kind of prompt were not solved lately. Prompts that are always solved teach nothing, so
-    they are drawn less often."""
+    """How often the groups of a kind of prompt were not solved lately. Prompts that are always
+    solved teach nothing, so they are drawn less often."""
 
-    def __init__(self, rest, state):
-        self.rest, self.unsolved = rest, state
+    def __init__(self, rest, unsolved):
+        """rest: how much less often solved prompts are drawn, 0 to 1; unsolved: {key: share}, which
+        is kept with the state of the run."""
+        self.rest, self.unsolved = rest, unsolved
 
     def weight(self, key):
         return 1 - self.rest * (1 - self.unsolved.get(key, 1.0))
 
     def learn(self, key, solved):
+        """A group of this kind was solved or not: a moving average over some ten groups."""
         self.unsolved[key] = 0.9 * self.unsolved.get(key, 1.0) + 0.1 * (not solved)
 
     def choose(self, items, count, key, rng):
-        """Draw without replacement, by weight (Efraimidis and Spirakis: the largest u ** (1 / w))."""
-        return sorted(items, key=lambda x: rng.random() ** (1 / max(1e-6, self.weight(key(x)))), reverse=True)[:count]
+        """Draws without replacement, by weight (Efraimidis and Spirakis 2006: the items with the
+        largest u ** (1 / weight)). key(item): its kind."""
+        draws = []
+        for item in items:
+            weight = max(1e-6, self.weight(key(item)))
+            draws.append(rng.random() ** (1 / weight))
+        order = sorted(range(len(draws)), key=draws.__getitem__, reverse=True)
+        return [items[place] for place in order[:count]]
 
 
 def quotas(o, labels, rng):
-    """How many prompts of each label an update gets: the routes evenly, the rest of the division to some of them,
-    answers their share. labels: those present."""
-    routes = sorted(x for x in labels if x != "answer")
+    """{label: how many prompts of it an update gets}, of the labels that are present: the routes
+    evenly, the rest of the division to some of them; answers their share."""
+    routes = sorted(label for label in labels if label != "answer")
     answers = round(o.prompts * o.answer_share) if "answer" in labels else 0
     each, rest = divmod(o.prompts - answers, max(1, len(routes)))
     rng.shuffle(routes)
-    return {"answer": answers, **{r: each + (i < rest) for i, r in enumerate(routes)}}
+    counts = {"answer": answers}
+    for i, route in enumerate(routes):
+        counts[route] = each + 1 if i < rest else each
+    return counts
 
 
-def balanced(o, items, label, key, interest, rng):
-    """Draw o.prompts of the items: evenly over their gold routes, or as they come.
+def balanced(o, prompts, key, interest, rng):
+    """Draws o.prompts of the prompts: evenly over their gold routes, or as they come.
 
-    Why evenly: inside a group the right route always wins, but the update is a sum over groups. Where one route is rare
-    among the prompts, the push towards the other routes everywhere is stronger than the push towards it on its own
-    prompts; it is sampled less and less, and a route that is never sampled has no advantage to learn
-    from. With even shares nothing is gained by liking a route.
+    Why evenly: inside a group the right route always wins, but the update is a sum over groups.
+    Where one route is rare among the prompts, the push towards the other routes everywhere is
+    stronger than the push towards it on its own prompts; it is sampled less and less, and a route
+    that is never sampled has no advantage to learn from. With even shares nothing is gained by
+    liking a route.
     """
     if not o.balance:
-        return interest.choose(items, o.prompts, key, rng)
-    by = {}
-    for x in items:
-        by.setdefault(label(x), []).append(x)
-    chosen = [x for name, count in quotas(o, by, rng).items()
-              for x in interest.choose(by.get(name, []), count, key, rng)]
-    taken = set(map(id, chosen))
-    return chosen + interest.choose([x for x in items if id(x) not in taken], o.prompts - len(chosen), key, rng)
+        return interest.choose(prompts, o.prompts, key, rng)
+    by_label = {}
+    for prompt in prompts:
+        by_label.setdefault(prompt.label(), []).append(prompt)
+    chosen = []
+    for label, count in quotas(o, by_label, rng).items():
+        chosen += interest.choose(by_label.get(label, []), count, key, rng)
+    chosen_ids = {id(prompt) for prompt in chosen}          # equal prompts may stand there twice
+    others = [prompt for prompt in prompts if id(prompt) not in chosen_ids]
+    return chosen + interest.choose(others, o.prompts - len(chosen), key, rng)
+
+
+# -------------------------------------------------------------------------- what a log says of them
+
+def mean(values):
+    return sum(values) / len(values) if values else None
+
+
+def mean_of(rows):
+    """The mean of each metric over some rows of them; {} of no row."""
+    means = {}
+    for name in rows[0] if rows else ():
+        means[name] = mean([row[name] for row in rows])
+    return means
 
 
 def reward_metrics(groups):
-    """Means of the rewards and of their parts, the share of groups that the update leaves out, and by gold route X: the
-    share of right outputs (route:X), of X among all that routing steps ask for (asked:X), of the routing prompts
-    (prompts:X), and of the groups that are mixed (mixed:X)."""
-    parts = [p for g in groups for p in g.parts]
-    mean = lambda values: sum(values) / len(values) if values else None
-    named = {name: mean([getattr(p, name) for p in parts if getattr(p, name) is not None])
-             for name in ("form", "similarity", "route", "answer")}
-    out = {"reward": mean([p.total for p in parts]), **named, "flat_groups": mean([not g.teaches for g in groups])}
-    routing = [g for g in groups if g.label not in ("answer", "outcome")]
-    asked = [c.parsed.route.lower() for g in routing for c in g.candidates if isinstance(c.parsed, RouteStep)]
-    for label in sorted({g.label for g in routing}):
-        here, name = [g for g in routing if g.label == label], label.removesuffix(" retriever")
-        out |= {f"route:{name}": mean([p.route for g in here for p in g.parts]),
-                f"asked:{name}": asked.count(label) / max(1, len(asked)),
-                f"prompts:{name}": len(here) / len(routing), f"mixed:{name}": mean([g.mixed for g in here])}
-    return out
+    """Means of the rewards and of their parts, and the share of groups that the update leaves out.
+
+    By gold route X: the share of right outputs (route:X), of X among all that routing steps ask for
+    (asked:X), of the routing prompts (prompts:X), and of the groups that are mixed (mixed:X).
+    """
+    parts = []
+    for group in groups:
+        parts += group.parts
+    metrics = {"reward": mean([part.total for part in parts])}
+    for name in ("form", "similarity", "route", "answer"):
+        values = [getattr(part, name) for part in parts]
+        metrics[name] = mean([value for value in values if value is not None])
+    metrics["flat_groups"] = mean([not group.teaches for group in groups])
+
+    routing = [group for group in groups if group.label not in ("answer", "outcome")]
+    routes = []                                                 # that the outputs ask for
+    for group in routing:
+        for candidate in group.candidates:
+            if isinstance(candidate.parsed, RouteStep):
+                routes.append(candidate.parsed.route.lower())
+    for label in sorted({group.label for group in routing}):
+        name = label.removesuffix(" retriever")
+        same = [group for group in routing if group.label == label]
+        right = []
+        for group in same:
+            right += [part.route for part in group.parts]
+        metrics[f"route:{name}"] = mean(right)
+        metrics[f"asked:{name}"] = routes.count(label) / max(1, len(routes))
+        metrics[f"prompts:{name}"] = len(same) / len(routing)
+        metrics[f"mixed:{name}"] = mean([group.mixed for group in same])
+    return metrics

@@ -1,0 +1,129 @@
+"""A question under way: where its trajectory stands, and by which gold hops it is judged.
+
+A gold hop is {"query", "retriever", "answer"}. It is open until it was asked for and answered
+rightly. Open hops may be asked for in any order and wording: a sub-question stands for the open hop
+that is nearest to it in meaning, if it is near enough.
+"""
+import re
+from pathlib import Path
+
+import torch
+
+from parts.questions import golds_of, load_questions
+from parts.score import answer_scores
+
+
+def practice_rows(world):
+    """The questions of a world whose steps can be judged: with gold hops and their answers."""
+    rows, faults = load_questions(Path(world) / "questions.jsonl")
+    if faults:
+        raise ValueError(f"--world {world}: {faults[0]}")
+    for row in rows:
+        if row.get("hops") is None:
+            raise ValueError(f"--world {world}: questions without gold hops cannot be rewarded "
+                             "step by step")
+        for hop in row["hops"]:
+            if not isinstance(hop.get("answer"), str):
+                raise ValueError(f"--world {world}: questions.jsonl:{row['line']}: a hop without "
+                                 "'answer', a text")
+    return rows
+
+
+class Live:
+    """A question under way. It is a prompt as parts/groups.py takes them: conversation(), golds(),
+    label()."""
+
+    def __init__(self, router, serial, number, row, only_ready=False):
+        """serial: its number among all that are opened; number: of its row in the file."""
+        self.question = router.open(serial, row)
+        self.prompts = router.prompts
+        self.number, self.row, self.only_ready = number, row, only_ready
+        self.open_hops = list(row["hops"])
+        self.hop = None                         # the one that the last sub-question stands for
+        self.outputs = []                       # texts that were followed
+
+    @property
+    def request(self):
+        """What it waits for: infer.Ask, infer.Search, or None at its end."""
+        return self.question.request
+
+    def conversation(self):
+        return self.question.conversation(self.prompts)
+
+    def hops(self):
+        """The gold hops that a sub-question is measured by."""
+        return askable(self.open_hops) if self.only_ready else self.open_hops
+
+    def golds(self):
+        """The gold steps that would be right now; [] where nothing can be judged."""
+        if self.request.kind == "final":
+            return [{"step_type": "ans", "answer": golds_of(self.row)}]
+        if self.request.kind == "answer":
+            return [{"step_type": "ans", "answer": self.hop["answer"]}] if self.hop else []
+        return route_golds(self.hops())
+
+    def label(self):
+        """The gold base of a routing step, "answer" of another."""
+        return gold_base(self.hops()) if self.request.kind == "route" else "answer"
+
+    def key(self):
+        """The kind of its prompt, for parts.groups.Interest."""
+        return f"{self.row.get('kind')} {self.request.kind} {len(self.open_hops)}"
+
+    def follow(self, step):
+        """Goes on with the candidate that the step follows."""
+        self.outputs.append(step.candidates[step.followed].text if step.candidates else None)
+        if step.kind == "answer" and self.hop:
+            _, recall, _ = answer_scores(step.answer, [self.hop["answer"]])
+            if recall == 1:
+                self.open_hops.remove(self.hop)
+        self.question.send(step)
+
+
+def gold_base(hops):
+    """The gold base of the first of these hops as labels have it: "text retriever", ..., "none"."""
+    return hops[0]["retriever"].strip().lower() if hops else "none"
+
+
+def route_golds(hops):
+    """The gold steps of a routing step, as a step file has them: any of the open hops is right, or
+    none where no hop is open."""
+    golds = []
+    for hop in hops or [{"query": "none", "retriever": "none"}]:
+        answer = {"query": hop["query"], "retriever": [hop["retriever"]]}
+        golds.append({"step_type": "ret", "answer": answer})
+    return golds
+
+
+def askable(hops):
+    """The open hops that can be asked for by now: no answer that another one has yet to find is
+    part of their query. Who asks for such an answer all the same has made it up."""
+    free = []
+    for hop in hops:
+        others = [other for other in hops if other is not hop]
+        if not any(names(hop["query"], str(other["answer"])) for other in others):
+            free.append(hop)
+    return free or hops
+
+
+def names(query, answer):
+    return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", query) is not None
+
+
+def nearest_hops(queries_and_hops, match, encoder):
+    """For each (sub-question, open hops) the hop that it stands for: the nearest in meaning, None
+    where none is as near as `match`. One call of the encoder for all."""
+    texts = []
+    for query, hops in queries_and_hops:
+        texts += [query, *(hop["query"] for hop in hops)]
+    vectors = iter(torch.as_tensor(encoder.encode_queries(texts)) if texts else ())
+    nearest = []
+    for _, hops in queries_and_hops:
+        query_vector = next(vectors)                                                # (dim,)
+        best, best_hop = 0.0, None
+        for hop in hops:
+            similarity = float(query_vector @ next(vectors))
+            if best_hop is None or similarity >= best:          # of equal ones the last
+                best, best_hop = similarity, hop
+        nearest.append(best_hop if best >= match else None)
+    return nearest
