@@ -81,7 +81,8 @@ def make_cache(valid, n, room, layers=1, static=False, heads=1, dim=4, seed=0):
     """A cache that has read random prompts, valid (N, P) bool, with room for n samples of each."""
     cache, g = model.KVCache(valid), torch.Generator().manual_seed(seed)
     shape = len(valid), heads, valid.shape[1], dim
-    cache.prompts = [(torch.randn(shape, generator=g), torch.randn(shape, generator=g)) for _ in range(layers)]
+    for _ in range(layers):
+        cache.keep_prompt(torch.randn(shape, generator=g), torch.randn(shape, generator=g))
     cache.share(n, room, static)
     return cache
 
@@ -178,7 +179,7 @@ def test_cached_greedy_equals_transformers(pair, monkeypatch, static):
     """Words only, whose positions just count, so that exercise 1 is not needed: transformers' own stand for it."""
     hf, vlm = pair
 
-    def counted(vlm, input_ids, attention_mask=None, image_grid_thw=None, here=None):
+    def counted(vlm, input_ids, attention_mask=None, image_grid_thw=None, is_image=None):
         real = attention_mask.long()
         return (real.cumsum(1) - 1).clamp(min=0).expand(3, -1, -1), real.sum(1)
 
@@ -323,7 +324,7 @@ def test_a_tick_is_one_call_and_one_search():
     def search(queries, k):
         searched.append(len(queries))
         return [list(HOP[1]["text"])] * len(queries)
-    base, vlm = SimpleNamespace(search=search), SimpleNamespace(config=SimpleNamespace(max_positions=999))
+    base, vlm = SimpleNamespace(search=search), SimpleNamespace(config=SimpleNamespace(max_position_embeddings=999))
     router = Scripted(vlm, None, dict.fromkeys(("text", "image", "table"), base), batch_size=4)
     rows = [{"question": f"Question {i}?"} for i in range(6)]
     trajectories = router.run(rows, done.append, torch.Generator())

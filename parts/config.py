@@ -56,10 +56,6 @@ class Config:
     def head_dim(self):
         return self.hidden_size // self.num_attention_heads
 
-    @property
-    def max_positions(self):            # until infer.py and train.py say max_position_embeddings
-        return self.max_position_embeddings
-
 
 def read_config(source):
     """Config from a model directory, a config.json or a dict, of either layout.
