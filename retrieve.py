@@ -213,7 +213,8 @@ def build_index(docs, encoder, options, progress=None):
         vectors = encoder.encode_docs(chunk)                                    # (C, D)
         if vectors.shape != (len(chunk), encoder.dim) or not np.isfinite(vectors).all():
             raise ValueError(f"encoder {encoder.name!r}: {vectors.shape} for {len(chunk)} "
-                             f"documents of dimension {encoder.dim}, or not finite: nothing was indexed")
+                             f"documents of dimension {encoder.dim}, or not finite: nothing was "
+                             "indexed")
         index.add(vectors)
         if progress is not None:
             progress.add(len(chunk))

@@ -47,7 +47,7 @@ def read_json(path, kinds=(dict,)):
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:   # no UTF-8, 5,000 digits, lists in lists in lists
+    except (ValueError, RecursionError) as error:   # no UTF-8, 5,000 digits, deep lists
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, kinds):
         expected = " or ".join("object" if kind is dict else kind.__name__ for kind in kinds)
@@ -179,7 +179,7 @@ def remove(path):
 
 
 def real_place(path):
-    """The absolute path of what is written; of a link that of its target, so that the link stays."""
+    """The absolute path of what is written: of a link that of its target; the link stays."""
     path = Path(path)
     return Path(os.path.realpath(path) if path.is_symlink() else os.path.abspath(path))
 

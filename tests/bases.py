@@ -93,8 +93,8 @@ def flags(folder):
     return docs
 
 
-WORDS = ("what is the capital of a country river flag red green blue big small north south play run "
-         "un ##able ##s ##ing").split()
+WORDS = ("what is the capital of a country river flag red green blue big small north south play "
+         "run un ##able ##s ##ing").split()
 
 
 def save_wordpiece(folder):

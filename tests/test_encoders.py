@@ -25,9 +25,10 @@ def test_lexical_weights_worked_by_hand():
     assert count == 3
     frequency = {"flag": 1, "hat": 1, "red": 3, "the": 1}
     assert encoder.state() == {"documents": 3, "frequency": frequency}
-    assert encoder.weight("red") == pytest.approx(0.8504, abs=1e-4)     # sqrt(0.5 + ln(5 / 4)): 3 of 3
-    assert encoder.weight("flag") == pytest.approx(1.1901, abs=1e-4)    # sqrt(0.5 + ln(5 / 2)): 1 of 3
-    assert encoder.weight("unseen") == pytest.approx(1.4524, abs=1e-4)  # sqrt(0.5 + ln 5)
+    # sqrt(0.5 + ln(5 / 4)): in 3 of 3; sqrt(0.5 + ln(5 / 2)): in 1 of 3; sqrt(0.5 + ln 5)
+    assert encoder.weight("red") == pytest.approx(0.8504, abs=1e-4)
+    assert encoder.weight("flag") == pytest.approx(1.1901, abs=1e-4)
+    assert encoder.weight("unseen") == pytest.approx(1.4524, abs=1e-4)
     assert encoder.weight("the") == 0.3
     # were random directions orthogonal: 0.8504^2 / (0.8504^2 + 1.1901^2)
     assert encoder.similarity("red flag", "red hat") == pytest.approx(0.338, abs=0.13)

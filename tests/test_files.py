@@ -1,4 +1,5 @@
-"""plumbing/files.py: files are whole or untouched, whatever happens; one writer at a time; one line for a mistake."""
+"""plumbing/files.py: files are whole or untouched, whatever happens; one writer at a time; one line
+for a mistake."""
 import json
 import os
 import signal
@@ -10,14 +11,21 @@ from pathlib import Path
 import pytest
 
 from plumbing import files
-from plumbing.files import (Progress, json_object, lock, printable, read_json, read_jsonl, replacing,
-                            run_command, text_lines, time_left, whole_lines, write_json, write_text)
+from plumbing.files import (Progress, json_object, lock, printable, read_json, read_jsonl,
+                            replacing, run_command, text_lines, time_left, whole_lines, write_json,
+                            write_text)
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def started(script, *words):
+    """A process that runs these lines of Python."""
+    return subprocess.Popen([sys.executable, "-c", script, *words], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -57,6 +65,19 @@ def test_a_folder_that_fails_leaves_the_old_one(tmp_path):
     assert names(tmp_path) == ["base"] and names(tmp_path / "base") == ["a"]
 
 
+def test_a_folder_that_was_moved_aside_is_not_lost(tmp_path):
+    """Killed between the two renames: the old folder lies aside, and nothing in its place."""
+    (tmp_path / ".base.old" / "a").mkdir(parents=True)
+    with pytest.raises(ValueError):
+        with replacing(tmp_path / "base") as new:
+            new.mkdir()
+            raise ValueError
+    assert names(tmp_path) == ["base"] and names(tmp_path / "base") == ["a"]
+    with replacing(tmp_path / "base") as new:
+        new.mkdir()
+    assert names(tmp_path) == ["base"]
+
+
 def test_a_link_stays_and_its_target_is_replaced(tmp_path):
     write_text(tmp_path / "target", "old")
     (tmp_path / "link").symlink_to(tmp_path / "target")
@@ -82,7 +103,7 @@ HOLD = ("import sys, time; from plumbing.files import lock\n"
 
 
 def test_one_process_holds_a_lock_until_it_dies(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "base"], cwd=ROOT, stdout=subprocess.PIPE)
+    holder = started(HOLD, tmp_path / "base")
     assert holder.stdout.readline() == b"held\n"
     with pytest.raises(ValueError, match="another process writes there"):
         with lock(tmp_path / "base", wait=False):
@@ -97,7 +118,7 @@ def test_one_process_holds_a_lock_until_it_dies(tmp_path):
 def test_who_waits_gets_the_lock_when_it_is_free(tmp_path):
     waiter = None
     with lock(tmp_path / "base"):
-        waiter = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "base"], cwd=ROOT, stdout=subprocess.PIPE)
+        waiter = started(HOLD, tmp_path / "base")
         time.sleep(0.3)
         assert waiter.poll() is None
     assert waiter.stdout.readline() == b"held\n"
@@ -119,7 +140,8 @@ def test_a_line_without_end_is_refused_and_the_next_one_read(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("line, reason", [
-    ("[1]", "expected an object"), ("{", "not JSON"), ("[" * 100_000, "not JSON"), ("9" * 5000, "not JSON"), ("", "not JSON")])
+    ("[1]", "expected an object"), ("{", "not JSON"), ("[" * 100_000, "not JSON"),
+    ("9" * 5000, "not JSON"), ("", "not JSON")])
 def test_a_line_that_is_no_object_is_named(line, reason):
     with pytest.raises(ValueError, match=f"a.jsonl:3: .*{reason}"):
         json_object(line, "a.jsonl:3")
@@ -132,8 +154,8 @@ def test_rows_and_faults(tmp_path):
         return row["n"] * 10 + number
     path = tmp_path / "a"
     path.write_text('{"n": 1}\n\n{"n": -1}\nnonsense\n{"n": 5}\n')
-    assert read_jsonl(path, check) == ([11, 55], [f"{path}:3: n is negative",
-                                                  f"{path}:4: not JSON (Expecting value): expected one object a line"])
+    no_json = f"{path}:4: not JSON (Expecting value): expected one object a line"
+    assert read_jsonl(path, check) == ([11, 55], [f"{path}:3: n is negative", no_json])
     assert read_jsonl(path, check, limit=2) == ([11], [f"{path}:3: n is negative"])
     with pytest.raises(ValueError, match="give at least 1"):
         read_jsonl(path, check, limit=0)
@@ -147,6 +169,14 @@ def test_a_broken_json_file_is_named(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match="a.json: "):
         read_json(tmp_path / "a.json")
+
+
+def test_a_json_file_may_hold_a_list_where_that_is_allowed(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf[1]")             # a byte-order mark before it
+    assert read_json(tmp_path / "a.json", kinds=(dict, list)) == [1]
+    (tmp_path / "a.json").write_text("7")
+    with pytest.raises(ValueError, match="a.json: expected a JSON object or list, found int"):
+        read_json(tmp_path / "a.json", kinds=(dict, list))
 
 
 def test_json_comes_back(tmp_path):
@@ -180,9 +210,9 @@ def test_time_left():
     assert time_left(30, 1) == 0
 
 
-@pytest.mark.parametrize("error, code", [(ValueError("wrong"), 2), (OSError("disk"), 2), (FloatingPointError("nan"), 2),
-                                         (KeyboardInterrupt(), 130), (KeyboardInterrupt(signal.SIGTERM), 143),
-                                         (SystemExit(7), 7)])
+@pytest.mark.parametrize("error, code", [
+    (ValueError("wrong"), 2), (OSError("disk"), 2), (FloatingPointError("nan"), 2),
+    (KeyboardInterrupt(), 130), (KeyboardInterrupt(signal.SIGTERM), 143), (SystemExit(7), 7)])
 def test_how_commands_end(error, code, capsys):
     def command(words):
         assert words == ["x"]
@@ -206,7 +236,7 @@ SLOW = ("import sys, time; from plumbing.files import run_command\n"
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_a_command_in_one_line(number, code):
-    process = subprocess.Popen([sys.executable, "-c", SLOW], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = started(SLOW)
     assert process.stdout.readline() == b"begun\n"
     os.kill(process.pid, number)
     _, err = process.communicate(timeout=20)
@@ -218,7 +248,7 @@ def test_a_reader_that_goes_away_is_no_mistake():
               "def command(words):\n"
               "    for i in range(100_000): print(json.dumps(i))\n"
               "import json; sys.exit(run_command('loud.py', command))")
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = started(script)
     assert json.loads(process.stdout.readline()) == 0
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(20) == 141

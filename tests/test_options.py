@@ -27,6 +27,10 @@ class Sizes:
     theta: float = option(1e6, least=1e-9)
     tied: bool = option(False)
 
+    def __post_init__(self):
+        if self.hidden == 13:
+            raise ValueError("13 brings bad luck")
+
 
 def parse(*words):
     parser = OneLineParser(prog="some.py")
@@ -36,15 +40,17 @@ def parse(*words):
 
 def test_flags_become_options():
     assert parse() == Search()
-    assert parse("-k", "7", "--learning-rate", "1", "--index", "flat", "--exact", "--data", "a", "b", "--share", "2") \
-        == Search(7, 1.0, "flat", True, ("a", "b"), 2)
+    words = "-k 7 --learning-rate 1 --index flat --exact --data a b --share 2".split()
+    assert parse(*words) == Search(7, 1.0, "flat", True, ("a", "b"), 2)
     assert parse("--k", "7", "--no-exact").k == 7
 
 
 @pytest.mark.parametrize("words, message", [
-    (("-k", "0"), "-k is 0: give 1 to 100"), (("--learning-rate", "nan"), "--learning-rate is nan: give 0 to 1"),
-    (("--share", "0"), "--share is 0: give at least 1"), (("-k", "x"), "some.py --help"), (("--inner", "4"), "some.py --help"),
-    (("--index", "tree"), "some.py --help"), (("--learning-rate", "-1"), "--learning-rate is -1.0: give 0 to 1")])
+    (("-k", "0"), "-k is 0: give 1 to 100"), (("-k", "x"), "some.py --help"),
+    (("--learning-rate", "nan"), "--learning-rate is nan: give 0 to 1"),
+    (("--learning-rate", "-1"), "--learning-rate is -1.0: give 0 to 1"),
+    (("--share", "0"), "--share is 0: give at least 1"), (("--inner", "4"), "some.py --help"),
+    (("--index", "tree"), "some.py --help")])
 def test_wrong_flags_are_one_line(words, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         parse(*words)
@@ -58,6 +64,18 @@ def test_only_given_flags_are_in_the_namespace():
         parser.parse_args(["--data", "a"])
 
 
+def test_an_option_without_a_default_must_be_given():
+    @dataclass(frozen=True)
+    class Build:
+        out: str = option(text="where to")
+
+    parser = OneLineParser(prog="some.py")
+    add_flags(parser, Build)
+    assert from_flags(Build, parser.parse_args(["--out", "x"])) == Build("x")
+    with pytest.raises(ValueError, match="required: --out"):
+        parser.parse_args([])
+
+
 def test_help_says_text_and_default(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
@@ -65,25 +83,31 @@ def test_help_says_text_and_default(capsys):
     assert "hits of a query [5]" in text and "kind of index [hnsw]" in text and "inner" not in text
 
 
-@pytest.mark.parametrize("wrong, message", [({"k": 0}, "k is 0: give 1 to 100"), ({"k": 2.0}, "k is 2.0: expected a whole"),
-                                            ({"k": True}, "k is True"), ({"index": "x"}, "index is 'x': give hnsw or flat"),
-                                            ({"learning_rate": float("inf")}, "learning_rate is inf"),
-                                            ({"exact": 1}, "exact is 1: expected bool")])
+@pytest.mark.parametrize("wrong, message", [
+    ({"k": 0}, "k is 0: give 1 to 100"), ({"k": 2.0}, "k is 2.0: expected a whole"),
+    ({"k": True}, "k is True"), ({"index": "x"}, "index is 'x': give hnsw or flat"),
+    ({"learning_rate": float("inf")}, "learning_rate is inf"),
+    ({"exact": 1}, "exact is 1: expected bool")])
 def test_wrong_arguments_are_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         Search(**wrong)
 
 
 def test_foreign_json_becomes_options():
-    assert fill(Sizes, {"hidden": 8, "sections": [1, 2], "other": 1, "theta": None}, "a.json") == Sizes(8, (1, 2))
+    values = {"hidden": 8, "sections": [1, 2], "other": 1, "theta": None}
+    assert fill(Sizes, values, "a.json") == Sizes(8, (1, 2))
 
 
 @pytest.mark.parametrize("values, message", [
-    ({}, "a.json: missing hidden, sections"), ({"hidden": None, "sections": []}, "a.json: missing hidden"),
+    ({}, "a.json: missing hidden, sections"),
+    ({"hidden": None, "sections": []}, "a.json: missing hidden"),
     ({"hidden": 1001, "sections": []}, "a.json: hidden is 1001: give 1 to 1000"),
     ({"hidden": "8", "sections": []}, "hidden is '8': expected a whole number"),
-    ({"hidden": 8, "sections": 3}, "sections is 3: expected a list"), ({"hidden": 8, "sections": [1, 10]}, "give 0 to 9"),
-    ({"hidden": 8, "sections": [], "theta": 0.0}, "theta is 0.0"), ({"hidden": 8, "sections": [], "tied": "no"}, "tied is 'no'")])
+    ({"hidden": 8, "sections": 3}, "sections is 3: expected a list"),
+    ({"hidden": 8, "sections": [1, 10]}, "give 0 to 9"),
+    ({"hidden": 8, "sections": [], "theta": 0.0}, "theta is 0.0"),
+    ({"hidden": 8, "sections": [], "tied": "no"}, "tied is 'no'"),
+    ({"hidden": 13, "sections": []}, "a.json: 13 brings bad luck")])
 def test_foreign_json_that_does_not_fit_is_named(values, message):
     with pytest.raises(ValueError, match=message):
         fill(Sizes, values, "a.json")

@@ -102,7 +102,7 @@ def test_directory_says_pooling_and_length_options_say_prefixes(tmp_path):
     encoder.passages.cut = 0
     docs = [{"text": text, "title": "red"} for text in texts]
     np.testing.assert_allclose(encoder.encode_docs(docs), expected, atol=1e-4)
-    long = [text for text in texts if len(("the red " + text).split()) > 7]  # with [CLS] and [SEP] 9
+    long = [text for text in texts if len(("the red " + text).split()) > 7]     # and two special
     assert encoder.cut == len(long)
 
 
@@ -131,7 +131,7 @@ def test_open_wikitable_two_encoders_markers_and_raw_products(tmp_path, monkeypa
             "[Rows][Row]north[sep]south")
     published = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "t" / "tokenizer.json"))
     published.add_tokens(["[Title]", "[Section title]", "[Caption]", "[Table name]", "[Header]",
-                          "[Rows]", "[Row]", "[sep]"])  # in the order of the published training code
+                          "[Rows]", "[Row]", "[sep]"])    # in the published training code's order
     ids = published(text, truncation=True, max_length=40, padding=False)["input_ids"]
     assert max(ids) == tables.config.vocab_size - 1
     with torch.no_grad():
@@ -339,7 +339,7 @@ def test_clip_towers_and_fusion_equal_transformers(tmp_path, act):
 @pytest.mark.parametrize("changes, reason", [
     ({"text_config": "small"}, "config.json: text_config is 'small'"),
     ({"vision_config": {"patch_size": 0}}, "config.json: vision_config: patch_size is 0"),
-    ({"vision_config": {"num_attention_heads": 7}}, "vision_config: hidden_size 768 is no multiple"),
+    ({"vision_config": {"num_attention_heads": 7}}, "vision_config: hidden_size 768 is no multi"),
     ({"projection_dim": "24"}, "config.json: projection_dim is '24'")])
 def test_clip_configurations_that_cannot_be_are_refused(tmp_path, changes, reason):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", **changes}))
