@@ -123,8 +123,10 @@ class KVCache:
 
         own_k, own_v = self.own[layer]                              # (N, KV, n, room, D) each
         place = self.new - P                                        # (T,)
-        own_k.index_copy_(3, place, k.view(N, n, KV, T, D).transpose(1, 2))
-        own_v.index_copy_(3, place, v.view(N, n, KV, T, D).transpose(1, 2))
+        k = k.view(N, n, KV, T, D).transpose(1, 2)                  # (N, KV, n, T, D)
+        v = v.view(N, n, KV, T, D).transpose(1, 2)
+        own_k.index_copy_(3, place, k)
+        own_v.index_copy_(3, place, v)
         S = self.bias.shape[-1] - P
         own_k = own_k[..., :S, :]                                   # (N, KV, n, S, D)
         own_v = own_v[..., :S, :]
@@ -161,8 +163,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask, cache, layer):
         B, T, _ = x.shape
-        qkv = self.project(x, cache, layer).view(B, T, -1, self.head_dim)
-        qkv = qkv.transpose(1, 2)                                   # (B, H + 2 KV, T, D)
+        qkv = self.project(x, cache, layer)                         # (B, T, (H + 2 KV) D)
+        qkv = qkv.view(B, T, -1, self.head_dim).transpose(1, 2)     # (B, H + 2 KV, T, D)
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         qk = rotate(qk, cos, sin)
         q, k = qk.split((self.heads, self.kv_heads), dim=1)         # (B, H, T, D), (B, KV, T, D)
@@ -181,7 +183,10 @@ class Attention(nn.Module):
         if cache is not None and layer in cache.fused:
             weight, bias = cache.fused[layer]
             return F.linear(x, weight, bias)
-        return torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
+        q = self.q_proj(x)
+        k = self.k_proj(x)
+        v = self.v_proj(x)
+        return torch.cat((q, k, v), dim=-1)
 
 
 class DecoderLayer(nn.Module):
@@ -193,8 +198,10 @@ class DecoderLayer(nn.Module):
         self.mlp = SwiGLU(c.hidden_size, c.intermediate_size, bias=False)
 
     def forward(self, x, cos, sin, mask, cache, layer):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        normed = self.input_layernorm(x)
+        x = x + self.self_attn(normed, cos, sin, mask, cache, layer)
+        normed = self.post_attention_layernorm(x)
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):
@@ -258,14 +265,12 @@ def real_tokens(input_ids, attention_mask):
     return attention_mask.bool()
 
 
-def padding_mask(valid):
-    """Causal mask of a batch: valid (B, T) bool -> (B, 1, T, T), None where nothing is padded."""
-    if valid.all():
-        return None
-    T = valid.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=valid.device).tril()
-    itself = torch.eye(T, dtype=torch.bool, device=valid.device)    # no softmax over nothing
-    return (causal & valid[:, None, None, :]) | itself
+def causal_mask(valid):
+    """valid (B, T) bool -> (B, 1, T, T) bool: a token sees the valid ones up to its own place."""
+    slot = torch.arange(valid.shape[1], device=valid.device)
+    causal = slot <= slot[:, None]                              # (T, T)
+    itself = slot == slot[:, None]              # padding sees itself: no softmax over nothing
+    return causal & valid[:, None, None, :] | itself
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -514,12 +519,14 @@ class VLM(nn.Module):
         return F.linear(hidden, table.weight)
 
     def hidden_states(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None,
-                      is_image=None):
-        """Normalised hidden states (B, T, C) of the last layer."""
+                      is_image=None, cache=None):
+        """Normalised hidden states (B, T, C) of the last layer, and the next position (B,). The
+        cache, where there is one, stores the prompts."""
         valid = real_tokens(input_ids, attention_mask)
+        mask = None if valid.all() else causal_mask(valid)
         x = self.embed(input_ids, pixel_values, image_grid_thw, is_image)
-        positions, _ = self.positions(input_ids, valid, image_grid_thw, is_image)
-        return self.model(x, positions, padding_mask(valid))
+        positions, after = self.positions(input_ids, valid, image_grid_thw, is_image)
+        return self.model(x, positions, mask, cache), after
 
     def forward(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None):
         """Token ids (B, T) -> logits (B, T, V).
@@ -528,7 +535,7 @@ class VLM(nn.Module):
         patch) of all pictures in reading order; image_grid_thw (pictures, 3). ValueError where
         image tokens and pictures do not match.
         """
-        hidden = self.hidden_states(input_ids, attention_mask, pixel_values, image_grid_thw)
+        hidden, _ = self.hidden_states(input_ids, attention_mask, pixel_values, image_grid_thw)
         return self.head(hidden)
 
     # ------------------------------------------------------------------------------------- generate
@@ -539,12 +546,12 @@ class VLM(nn.Module):
         position (N,) of the next token."""
         valid = real_tokens(input_ids, attention_mask)
         cache = KVCache(valid, fused)
-        x = self.embed(input_ids, pixel_values, image_grid_thw)
-        positions, after = self.positions(input_ids, valid, image_grid_thw)
-        hidden = self.model(x, positions, padding_mask(valid), cache)       # (N, P, C)
-        row = torch.arange(len(valid), device=valid.device)
-        column = torch.arange(valid.shape[1], device=valid.device)
-        last = (valid.long() * column).argmax(1)                            # the last real token
+        hidden, after = self.hidden_states(input_ids, valid, pixel_values, image_grid_thw,
+                                           cache=cache)
+        N, P = valid.shape
+        row = torch.arange(N, device=valid.device)
+        column = torch.arange(P, device=valid.device)
+        last = (valid * column).argmax(1)                       # (N,) the last real token
         return cache, hidden[row, last], after
 
     @torch.no_grad()
@@ -656,8 +663,8 @@ class VLM(nn.Module):
         is_image = input_ids == self.config.image_token_id
         if int(is_image.sum()) != self.image_tokens(image_grid_thw):
             is_image &= ~F.pad(mask, (1, 0))            # one that was sampled is an ordinary token
-        hidden = self.hidden_states(input_ids, attention_mask, pixel_values, image_grid_thw,
-                                    is_image)
+        hidden, _ = self.hidden_states(input_ids, attention_mask, pixel_values, image_grid_thw,
+                                       is_image)
         hidden = hidden[:, :-1][mask]                                       # (M, C)
         targets = input_ids[:, 1:][mask]                                    # (M,)
         logps, _ = self.token_log_probs(hidden, targets, temperature)
@@ -700,17 +707,17 @@ class VLM(nn.Module):
         behind = (after[:, None] + t).expand(3, -1, -1)                     # (3, N, K)
         positions = torch.cat((before, behind), dim=2)                      # (3, N, P + K)
 
-        owner = torch.cat((torch.full_like(input_ids, -1), response), dim=1)    # -1: the prompt
-        is_prompt = owner[:, None, :] == -1
-        is_own = owner[:, None, :] == owner[:, :, None]                     # (N, P + K, P + K)
-        is_real = torch.cat((valid, real), dim=1)[:, None, :]
-        itself = torch.eye(P + K, dtype=torch.bool, device=device)
-        sees = (is_prompt | is_own).tril() & is_real | itself
+        prompt = torch.full_like(input_ids, -1)                 # else: which response it is of
+        owner = torch.cat((prompt, response), dim=1)                        # (N, P + K)
+        shared = owner[:, None, :] == -1
+        own = owner[:, None, :] == owner[:, :, None]                        # (N, P + K, P + K)
+        sees = causal_mask(torch.cat((valid, real), dim=1))                 # (N, 1, P + K, P + K)
+        sees = sees & (shared | own)[:, None]
 
         prompt_x = self.embed(input_ids, pixel_values, image_grid_thw)
         response_x = self.model.embed_tokens(packed)
         x = torch.cat((prompt_x, response_x), dim=1)                        # (N, P + K, C)
-        hidden = self.model(x, positions, sees[:, None])
+        hidden = self.model(x, positions, sees)
         # the prompt's end predicts y[0], y[t - 1] predicts y[t]
         previous = P - 1 + torch.arange(K, device=device)
         source = torch.where(t == 0, P - 1, previous)                       # (N, K)
