@@ -1,120 +1,193 @@
-"""Many questions: answered, continued, measured, printed as tables."""
-import csv
-import io
+"""Many questions: answered, continued after a stop, measured, printed as tables.
+
+    questions -> answer_many -> result rows (a JSONL file that grows) -> score_row -> measures
+    -> score_table: means with intervals, of all and by set, kind, number of hops -> print_results
+"""
 import json
 import math
 import os
-import sys
 import zlib
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from parts.questions import (ROUTING, check_names, gold_routes, golds_of, load_questions, plans_of,
-                             predicted, result_row, world_of)
+from parts.questions import (HERE, ROUTING, check_names, gold_routes, golds_of, load_questions,
+                             plans_of, predicted)
 from parts.score import answer_scores, exact_match
 from parts.show import print_trace
+from parts.stepfiles import write_steps
 from parts.steps import BASES
-from plumbing.old import (Progress, appending, as_text, checksum, printable, read_json, read_rows,
-                          write_whole)
+from parts.trajectory import result_row
+from plumbing.files import (Progress, as_text, checksum, lock, printable, read_json, read_jsonl,
+                            say, whole_lines)
 
 
-MEASURES = ("f1_recall", "em", "f1", "route_accuracy", "malformed", "retrievals", "gold_retrievals", "model_calls",
-            "tokens", "tokens_read", "tokens_written", "seconds", "seconds_model", "seconds_search", "too_long")
+class Column(NamedTuple):
+    """A column of a table of results."""
+    title: str
+    measure: str        # one of MEASURES
+    format: str
+    sentence: str       # what it says
+
+
+COLUMNS = (
+    Column("F1-Recall", "f1_recall", ".3f",
+           "share of the gold answer's words that the answer has, by the published metric"),
+    Column("exact", "em", ".3f", "share of answers that are a gold answer and nothing else"),
+    Column("F1", "f1", ".3f", "harmonic mean of the answer's precision and recall in words"),
+    Column("routing", "route_accuracy", ".3f",
+           "share of routing steps that chose the gold base, over the longer of the two chains"),
+    Column("retrievals", "retrievals", ".2f", "searches of a knowledge base, per question"),
+    Column("gold", "gold_retrievals", ".2f", "searches that the gold hops need, per question"),
+    Column("malformed", "malformed", ".3f", "outputs that are no step, per question"),
+    Column("calls", "model_calls", ".2f", "steps asked of the model, per question"),
+    Column("read", "tokens_read", ".0f", "tokens of the prompts, per question"),
+    Column("written", "tokens_written", ".0f", "tokens that the model wrote, per question"),
+    Column("model s", "seconds_model", ".3f", "seconds of the model, per question"),
+    Column("search s", "seconds_search", ".4f", "seconds of the searches, per question"))
+
+MEASURES = ("f1_recall", "em", "f1", "route_accuracy", "malformed", "retrievals",
+            "gold_retrievals", "model_calls", "tokens", "tokens_read", "tokens_written", "seconds",
+            "seconds_model", "seconds_search", "too_long")
 GROUPINGS = ("set", "kind", "hops")
 
 
+# ---------------------------------------------------------------------------------------- measures
+
 def score_row(row):
-    """The MEASURES of one result row, None where it cannot tell, and what it is grouped by (GROUPINGS)."""
+    """The MEASURES of one result row, None where it cannot tell, and what it is grouped by
+    (GROUPINGS). ValueError where it is no result row."""
     check_names(row)
     golds, routes, answer = golds_of(row), gold_routes(row), predicted(row)
     _, recall, f1 = answer_scores(answer, golds)
-    score = dict.fromkeys(MEASURES) | {"f1_recall": recall, "em": exact_match(answer, golds), "f1": f1}
-    score |= {"set": row.get("set"), "kind": row.get("kind"), "hops": None}
+    score = dict.fromkeys(MEASURES)
+    score.update(f1_recall=recall, em=exact_match(answer, golds), f1=f1)
+    score.update(set=row.get("set"), kind=row.get("kind"), hops=None)
+    if routes:
+        score["hops"] = score["gold_retrievals"] = len(routes) - 1          # the last one is None
     try:
-        if routes:
-            score |= {"hops": len(routes) - 1, "gold_retrievals": len(routes) - 1}
         if routes and row.get("method") in ROUTING:
-            named = [plan["retriever"] for plan in plans_of(row) if "fault" not in plan]
-            if wrong := [names for names in named if not isinstance(names, list)]:
-                raise TypeError(f"retriever {str(wrong[0])[:40]!r} is no list")
-            chosen = [names[0].strip().lower() for names in named]
-            right = sum(map(str.__eq__, chosen, map(str.lower, routes)))
-            score["route_accuracy"] = right / max(len(chosen), len(routes))
-        if cost := row.get("cost"):  # rows of others have none
-            names = ("prompt_tokens", "generated_tokens", "seconds_model", "seconds_search")
-            read, written, model, search = (float(cost[name]) for name in names)
-            score |= {name: float(cost[name]) for name in ("retrievals", "model_calls", "malformed", "too_long")}
-            score |= {"tokens": read + written, "tokens_read": read, "tokens_written": written,
-                      "seconds": model + search, "seconds_model": model, "seconds_search": search}
+            score["route_accuracy"] = route_accuracy(plans_of(row), routes)
+        if row.get("cost"):                                             # rows of others have none
+            score.update(measured_costs(row["cost"]))
     except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
-        raise ValueError(f"plans or cost are not those of a result row ({type(error).__name__}: {error})") from None
-    if not all(math.isfinite(score[name]) for name in MEASURES if score[name] is not None):
-        raise ValueError(f"cost {str(row['cost'])[:200]}: expected finite numbers")
+        raise ValueError("plans or cost are not those of a result row "
+                         f"({type(error).__name__}: {error})") from None
+    for name in MEASURES:
+        if score[name] is not None and not math.isfinite(score[name]):
+            raise ValueError(f"cost {str(row['cost'])[:200]}: expected finite numbers")
     return score
 
 
-def means(scores, resamples=1000):
-    """{"n", each of MEASURES: mean over the rows that know it, "ci": {measure: [low, high]}} of `score_row`'s results.
+def route_accuracy(plans, routes):
+    """Chosen against gold routes, both ending in None, place by place over the longer of the two.
+    Malformed routing steps choose nothing."""
+    chosen = []
+    for plan in plans:
+        if "fault" in plan:
+            continue
+        names = plan["retriever"]
+        if not isinstance(names, list):
+            raise TypeError(f"retriever {str(names)[:40]!r} is no list")
+        chosen.append(names[0].strip().lower())
+    right = sum(name == route.lower() for name, route in zip(chosen, routes))
+    return right / max(len(chosen), len(routes))
 
-    The 95 % intervals are percentiles of the bootstrap over questions (Efron 1979), always drawn from seed 0.
+
+def measured_costs(cost):
+    """The measures that a row's `cost` holds."""
+    read, written = float(cost["prompt_tokens"]), float(cost["generated_tokens"])
+    model, search = float(cost["seconds_model"]), float(cost["seconds_search"])
+    measures = {"tokens": read + written, "tokens_read": read, "tokens_written": written,
+                "seconds": model + search, "seconds_model": model, "seconds_search": search}
+    for name in ("retrievals", "model_calls", "malformed", "too_long"):
+        measures[name] = float(cost[name])
+    return measures
+
+
+def means(scores, resamples=1000):
+    """{"n", each of MEASURES: mean over the rows that know it, "ci": {measure: [low, high]}} of
+    score_row's results.
+
+    The 95 % intervals are percentiles of the bootstrap over questions (Efron 1979), always drawn
+    from seed 0.
     """
     n = len(scores)
-    values = np.array([[score[name] for name in MEASURES] for score in scores], dtype=float)  # (N, measures), None: nan
-    values = values[np.lexsort(values.T[::-1])]              # the order of the rows in a file makes no difference
+    rows = [[score[name] for name in MEASURES] for score in scores]
+    values = np.array(rows, dtype=float)                        # (n, measures), None becomes nan
+    values = values[np.lexsort(values.T[::-1])]                 # their order makes no difference
     known = ~np.isnan(values)
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=resamples)        # how often each row is
-    drawn = np.concatenate([np.ones((1, n)), drawn])         # (1 + resamples, N), the first draw is the rows themselves
-    with np.errstate(invalid="ignore"):                      # 0 / 0 = nan: none of the drawn rows knows the measure
-        found = drawn @ np.where(known, values, 0) / (drawn @ known)                         # (1 + resamples, measures)
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(n, np.full(n, 1 / n), size=resamples)      # how often a row is drawn
+    counts = np.concatenate([np.ones((1, n)), counts])      # (1 + resamples, n), first: each once
+    with np.errstate(invalid="ignore"):                         # 0 / 0 = nan: no drawn row knows it
+        averages = counts @ np.where(known, values, 0) / (counts @ known)
     result = {"n": n, **dict.fromkeys(MEASURES), "ci": dict.fromkeys(MEASURES)}
     for i in np.flatnonzero(known.any(axis=0)):
-        low, high = np.nanpercentile(found[1:, i], (2.5, 97.5))
-        mean, low, high = (float(f"{x:.6g}") for x in (found[0, i], low, high))
-        result[MEASURES[i]], result["ci"][MEASURES[i]] = mean, [low, high]
+        low, high = np.nanpercentile(averages[1:, i], (2.5, 97.5))
+        result[MEASURES[i]] = six_digits(averages[0, i])
+        result["ci"][MEASURES[i]] = [six_digits(low), six_digits(high)]
     return result
+
+
+def six_digits(number):
+    return float(f"{number:.6g}")
 
 
 def score_table(rows):
     """Means of the result rows of a method: of all, then of each set, kind and number of hops.
 
-    A row is {"method", "by": "all" or one of GROUPINGS, "group": its name, **means}. `route_accuracy`: chosen against
-    gold routes, both ending in None, place by place over the longer of the two. Costs are those of a question.
+    A row is {"method", "by": "all" or one of GROUPINGS, "group": its name, **means}. Costs are
+    those of a question.
     """
     if not rows:
         raise ValueError("nothing to evaluate: there are no result rows")
     scores = [score_row(row) for row in rows]
-    groups = {("all", ""): scores}
-    for by in GROUPINGS:
-        for name in sorted({str(score[by]) for score in scores if score[by] is not None}):
-            groups[by, name] = [score for score in scores if str(score[by]) == name]
     method = rows[0].get("method") or "given"
-    return [{"method": method, "by": by, "group": name, **means(some)} for (by, name), some in groups.items()]
+    table = [{"method": method, "by": "all", "group": "", **means(scores)}]
+    for by in GROUPINGS:
+        groups = {}
+        for score in scores:
+            if score[by] is not None:
+                groups.setdefault(str(score[by]), []).append(score)
+        for name in sorted(groups):
+            table.append({"method": method, "by": by, "group": name, **means(groups[name])})
+    return table
 
 
 def overview(table):
-    """A `score_table` as one object: the means of all, and F1-Recall as {"by_kind": {kind: it}} and so on."""
+    """A score_table as one object: the means of all, and F1-Recall as {"by_kind": {kind: it}} and
+    so on."""
     total, *groups = table
-    by = {f"by_{by}": {row["group"]: row["f1_recall"] for row in groups if row["by"] == by} for by in GROUPINGS}
-    return {name: value for name, value in total.items() if name not in ("by", "group")} | by
+    result = {name: value for name, value in total.items() if name not in ("by", "group")}
+    for by in GROUPINGS:
+        result[f"by_{by}"] = {row["group"]: row["f1_recall"] for row in groups if row["by"] == by}
+    return result
 
 
-# ------------------------------------------------------------------------------------------------------------ tables
+def evaluate(trajectories):
+    """Scores and costs of Trajectories, or of result rows, of one method, as one object (see
+    overview)."""
+    rows = []
+    for item in trajectories:
+        rows.append(item if isinstance(item, dict) else result_row(item))
+    return overview(score_table(rows))
 
-COLUMNS = (("F1-Recall", "f1_recall", ".3f"), ("95 %", "ci", ".3f"), ("exact", "em", ".3f"), ("F1", "f1", ".3f"),
-           ("routing", "route_accuracy", ".3f"), ("retrievals", "retrievals", ".2f"),
-           ("gold", "gold_retrievals", ".2f"), ("malformed", "malformed", ".3f"), ("calls", "model_calls", ".2f"),
-           ("read", "tokens_read", ".0f"), ("written", "tokens_written", ".0f"), ("model s", "seconds_model", ".3f"),
-           ("search s", "seconds_search", ".4f"))
 
+# ------------------------------------------------------------------------------------------ tables
 
 def print_table(rows):
     """Rows of equal length, the first one the heading; the first column left, the others right."""
-    rows = [list(map(printable, row)) for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rows = [[printable(text) for text in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        print("  ".join([row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:]))]))
+        texts = [row[0].ljust(widths[0])]
+        for text, width in zip(row[1:], widths[1:]):
+            texts.append(text.rjust(width))
+        print("  ".join(texts))
     print()
 
 
@@ -125,130 +198,180 @@ def cell(value, form=".3f"):
     return "-" if value is None else format(value, form)
 
 
+def heading():
+    """The titles of the printed columns; the interval of F1-Recall stands beside it."""
+    titles = [column.title for column in COLUMNS]
+    return ["n", titles[0], "95 %", *titles[1:]]
+
+
 def cells(row):
-    """A row of `score_table` as it is printed, behind its name."""
-    return [str(row["n"]), *(cell(row["ci"]["f1_recall"] if name == "ci" else row[name], form)
-                             for _, name, form in COLUMNS)]
+    """A row of a score_table under `heading`."""
+    numbers = [cell(row[column.measure], column.format) for column in COLUMNS]
+    return [str(row["n"]), numbers[0], cell(row["ci"]["f1_recall"]), *numbers[1:]]
 
 
 def print_results(tables):
-    """A line a method: scores and costs a question. Then the same by set, kind and hops; where there are several
-    methods, F1-Recall with a column for each."""
-    head, methods = ["n", *(title for title, _, _ in COLUMNS)], [table[0]["method"] for table in tables]
-    print_table([["method", *head], *([table[0]["method"], *cells(table[0])] for table in tables)])
+    """A line a method: scores and costs a question. Then the same by set, kind and hops; where
+    there are several methods, F1-Recall with a column for each."""
+    lines = [["method", *heading()]]
+    for table in tables:
+        lines.append([table[0]["method"], *cells(table[0])])
+    print_table(lines)
     for by in GROUPINGS:
-        found = [{row["group"]: row for row in table if row["by"] == by} for table in tables]
-        names = sorted(set().union(*found))
-        if by == "set" and len(names) < 2:
+        groups = []                                             # of each table: {name: its row}
+        for table in tables:
+            groups.append({row["group"]: row for row in table if row["by"] == by})
+        names = sorted(set().union(*groups))
+        if not names or by == "set" and len(names) < 2:
             continue
-        if names and len(tables) == 1:
-            print_table([[f"by {by}", *head], *([name, *cells(found[0][name])] for name in names)])
-        elif names:
-            print_table([[f"F1-Recall by {by}", *methods],
-                         *([name, *(cell(rows.get(name, {}).get("f1_recall")) for rows in found)] for name in names)])
+        if len(tables) == 1:
+            lines = [[f"by {by}", *heading()]]
+            lines += [[name, *cells(groups[0][name])] for name in names]
+        else:
+            lines = [[f"F1-Recall by {by}", *(table[0]["method"] for table in tables)]]
+            for name in names:
+                scores = [rows[name]["f1_recall"] if name in rows else None for rows in groups]
+                lines.append([name, *map(cell, scores)])
+        print_table(lines)
 
 
-def write_table(path, rows, form):
-    """Rows of `score_table` as JSONL, or with `form` "csv" as CSV, the intervals then in columns of their own."""
-    text = io.StringIO()
-    if form == "csv":
-        ends = [(name, i, f"{name}_{end}") for name in MEASURES for i, end in enumerate(("low", "high"))]
-        columns = [name for name in rows[0] if name != "ci"] + [column for _, _, column in ends]
-        out = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-        out.writeheader()
-        # a spreadsheet would run a text that begins like a formula
-        still = lambda cell: "'" + cell if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@") else cell
-        out.writerows({name: still(cell) for name, cell in row.items()}
-                      | {column: (row["ci"][name] or ("", ""))[i] for name, i, column in ends} for row in rows)
-    else:
-        text.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_whole(path, text.getvalue())
+def report(tables, left_out, as_json):
+    """Prints the tables (not with `as_json`), on stderr the rows that were left out, and in the end
+    a line of JSON for each method. left_out: a list of faults for each table."""
+    if not as_json:
+        print_results(tables)
+    said = set()
+    for fault in (fault for faults in left_out for fault in faults):
+        if fault not in said:
+            say(f"infer.py: left out: {printable(fault)}")
+            said.add(fault)
+    for table, faults in zip(tables, left_out):
+        result = {**overview(table), "left_out": len(faults)}
+        print(json.dumps(result, ensure_ascii=False))
 
 
-def evaluate(trajectories):
-    """Scores and costs of Trajectories or result rows of one method, as one object (`score.overview`)."""
-    return overview(score_table([row if isinstance(row, dict) else result_row(row) for row in trajectories]))
+def score_files(files, limit=None):
+    """Result files of ours or of others -> (a score_table of each method, faults)."""
+    rows_of, faults, seen = {}, [], {}
+    for file in files:
+        rows, bad = read_results(file, limit)
+        faults += bad
+        for row in rows:
+            method = row.get("method") or "given"
+            if seen.setdefault((method, str(row_key(row))), row) is not row:
+                raise ValueError(f"{file}: line {row['line']} of set {row['set']!r} is there twice "
+                                 f"for method {method!r}: score files of different runs one at a "
+                                 "time")
+            rows_of.setdefault(method, []).append(row)
+    return [score_table(rows) for rows in rows_of.values()], faults
 
 
-def earlier_rows(path, run):
-    """Rows that an interrupted run with the same settings left in its --out file; a torn last line is cut off."""
-    data = Path(path).read_bytes() if Path(path).exists() else b""
-    whole = data[:data.rfind(b"\n") + 1]
-    try:
-        rows = [json.loads(line) for line in whole.splitlines()]
-        ours = all(row["run"] == run and row["llm_answer"] for row in rows) and (rows or not data or begins_row(data))
-    except (ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise ValueError(f"{path}: holds other rows than this run's (settings, weights, questions): name another --out")
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
-    return rows
+def read_results(file, limit=None):
+    """The rows of a result file that can be scored, and faults. Rows that name no set get the
+    file's name."""
+    def check(row, number):
+        row = {"set": Path(file).stem, "line": number, **row}
+        score_row(row)
+        as_text(row)
+        return row
+
+    return read_jsonl(file, check, limit)
 
 
-def begins_row(data):
-    """Whether a file holds the beginning of a row and no more, as a first row that was torn while it was written."""
-    try:
-        json.loads(data)
-    except ValueError:
-        return data.startswith(b'{"') and b"\n" not in data
-    return False
+# ---------------------------------------------------------------------------------- many questions
 
-
-def many_questions(args, world):
-    """The questions of --eval or of the world, and the rows left out."""
-    if args.eval is None and world is None:
+def questions_of(methods, flags, world):
+    """For each method the questions of --eval or of the world that it can answer, and the faults of
+    the rows that are left out: [(questions, faults)]."""
+    if not flags.eval and world is None:
         raise ValueError("nothing to evaluate: give --eval FILE beside --kb")
-    questions, faults, sets = [], [], {}
-    for file in args.eval or [world / "questions.jsonl"]:
-        rows, wrong = load_questions(file, args.images, args.limit)
-        if sets.setdefault(rows[0]["set"], file) != file:
-            raise ValueError(f"--eval: {sets[rows[0]['set']]} and {file} have one name, but it tells sets apart: "
+    files = flags.eval or [world / "questions.jsonl"]
+    questions, faults = read_questions(files, flags.images, flags.limit)
+    with_hops, without = [], []
+    for row in questions:
+        if row.get("hops") is not None:
+            with_hops.append(row)
+        else:
+            without.append(f"{row['set']}:{row['line']}: no gold hops, which method oracle needs")
+    if "oracle" in methods and not with_hops:
+        raise ValueError("method oracle: no question of the file has gold hops, leave it out of "
+                         "--method")
+    oracle, others = (with_hops, faults + without), (questions, faults)
+    return [oracle if method == "oracle" else others for method in methods]
+
+
+def read_questions(files, images=None, limit=None):
+    """The questions of several files, and the faults of the rows that are left out."""
+    questions, faults, file_of = [], [], {}
+    for file in files:
+        rows, bad = load_questions(file, images, limit)
+        first = file_of.setdefault(rows[0]["set"], file)
+        if first != file:
+            raise ValueError(f"--eval: {first} and {file} have one name, but it tells sets apart: "
                              "rename one")
-        questions, faults = questions + rows, faults + wrong
+        questions += rows
+        faults += bad
     return questions, faults
 
 
-def answer_many(router, questions, args, show):
-    """Result rows of all questions, written to --out as they come, and the faults of those that could not be answered.
+def evaluate_routers(routers, questions, flags):
+    """Evaluates each router's method on its questions, prints the tables, and writes what the flags
+    of infer.py ask for. questions: as questions_of returns them."""
+    mark = settings_mark(flags, routers[0]) if flags.out else None
+    show = flags.show
+    tables, left_out, answered = [], [], []
+    for router, (rows, faults) in zip(routers, questions):
+        results = answer_many(router, rows, flags.out, mark, show, flags.json)
+        show = 0                                            # the first method's steps are shown
+        tables.append(score_table(results))
+        left_out.append(faults)
+        answered += results
+    report(tables, left_out, flags.json)
+    if flags.write_steps:
+        count = write_steps(flags.write_steps, answered, routers[0].prompts, flags.keep)
+        say(f"{flags.write_steps}: steps of {count} of {len(answered)} trajectories")
 
-    Rows of an earlier run are taken from --out. The first `show` questions of different kinds are answered and shown
-    before the others.
+
+def answer_many(router, questions, out=None, mark=None, show=0, quiet=False):
+    """Result rows of all questions, in their order.
+
+    out: a file that gets the rows as they come; those that an earlier run with the same settings
+    (`mark`, see settings_mark) left there are taken over. The first `show` questions of different
+    kinds are answered before the others, and unless `quiet` their steps are printed.
     """
-    method, rows, faults, run = router.options.method, {}, {}, settings_mark(router, args)
-    with appending(args.out) if args.out else open(os.devnull, "a") as out:
-        if args.out:
-            rows = {row_key(row): row for row in earlier_rows(args.out, run) if row["method"] == method}
-            refuse_others(args.out, rows, questions)
-        progress = Progress(method, sum(row_key(question) not in rows for question in questions))
+    if out is None:
+        return answer_into(None, router, questions, {}, mark, show, quiet)
+    with appending(out) as file:
+        rows = {}
+        for row in earlier_rows(out, mark):
+            if row["method"] == router.options.method:
+                rows[row_key(row)] = row
+        refuse_others(out, rows, questions)
+        return answer_into(file, router, questions, rows, mark, show, quiet)
 
-        def keep(trajectory):
-            row = result_row(trajectory) | {"run": run}
-            rows[row_key(row)] = row
-            print(json.dumps(row, ensure_ascii=False), file=out, flush=True)
-            progress.step()
 
-        def answer(some):
-            """Runs what is still open. Where a row makes that fail, each half is run, down to the row alone."""
-            some = [question for question in some if row_key(question) not in rows.keys() | faults.keys()]
-            if not some:
-                return
-            try:
-                router.run(some, keep)
-            except ValueError as error:
-                if len(some) == 1:
-                    faults[row_key(some[0])] = f"{some[0]['set']}:{some[0]['line']}: {error}"
-                else:
-                    answer(some[:len(some) // 2])
-                    answer(some[len(some) // 2:])
+def answer_into(file, router, questions, rows, mark, show, quiet):
+    """What answer_many does, with the rows {row_key: row} that are there already."""
+    progress = Progress(len(questions), f"questions ({router.options.method})")
 
-        first = different_kinds(questions, show)
-        answer(first)
-        for question in first if not args.json else ():
-            if row_key(question) in rows:
-                print_trace(rows[row_key(question)])
-        answer(questions)
-    return [rows[row_key(question)] for question in questions if row_key(question) in rows], list(faults.values())
+    def add_row(trajectory):
+        row = {**result_row(trajectory), "run": mark}
+        rows[row_key(row)] = row
+        if file:
+            print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+        progress.add()
+
+    def still_open(some):
+        return [question for question in some if row_key(question) not in rows]
+
+    progress.add(len(questions) - len(still_open(questions)), earlier=True)
+    first = different_kinds(questions, show)
+    router.run(still_open(first), add_row)
+    if not quiet:
+        for question in first:
+            print_trace(rows[row_key(question)])
+    router.run(still_open(questions), add_row)
+    return [rows[row_key(question)] for question in questions]
 
 
 def row_key(row):
@@ -256,75 +379,117 @@ def row_key(row):
     return row["set"], row["line"]
 
 
+def different_kinds(questions, n):
+    """The first n questions, those that open a new kind before the others, with and without a
+    picture in turn."""
+    kinds = set()
+    with_picture, without_picture, others = [], [], []
+    for question in questions:
+        kind = question.get("kind")
+        if kind in kinds:
+            others.append(question)
+        elif question["image"] is None:
+            without_picture.append(question)
+        else:
+            with_picture.append(question)
+        kinds.add(kind)
+    first = []
+    for pair in zip_longest(with_picture, without_picture):
+        first += [question for question in pair if question]
+    return (first + others)[:n]
+
+
+# ------------------------------------------------------------------------- a result file that grows
+
+@contextmanager
+def appending(path):
+    """A result file, open for rows at its end. One process holds it until the block ends; it goes
+    again where no row came."""
+    with lock(path, wait=False):
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                yield file
+        except OSError as error:
+            if error.filename or isinstance(error, BrokenPipeError):
+                raise
+            _, end = whole_lines(path)                          # the last row may be there in part
+            os.truncate(path, end)
+            raise OSError(f"{path}: {error.strerror}: make room, and the same command continues "
+                          "behind the last whole row") from None
+        finally:
+            if os.path.exists(path) and os.path.getsize(path) == 0:
+                os.unlink(path)
+
+
+def earlier_rows(path, mark):
+    """The rows that an interrupted run with the same settings left in its result file. A last line
+    that was torn by a kill is cut off. ValueError where the file holds anything else."""
+    lines, end = whole_lines(path)
+    torn = Path(path).read_bytes()[end:]
+    try:
+        rows = [json.loads(line) for line in lines]
+        ours = all(row["run"] == mark and row["llm_answer"] for row in rows)
+    except (ValueError, KeyError, TypeError):
+        ours = False
+    if torn and not lines:
+        ours = begins_row(torn)
+    if not ours:
+        raise ValueError(f"{path}: holds other rows than this run's (settings, weights, "
+                         "questions): name another --out")
+    if torn:
+        os.truncate(path, end)
+    return rows
+
+
+def begins_row(line):
+    """Whether a line is the beginning of a row and no more, as a first row that was torn."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return line.startswith(b'{"')
+    return False
+
+
 def refuse_others(path, rows, questions):
-    """ValueError where a kept row {row_key: row} answers another question than the file has there now."""
+    """ValueError where an earlier row {row_key: row} answers another question than the question
+    file has there now."""
     for question in questions:
         row = rows.get(row_key(question))
-        fields = ("question", "image", "answer", "answer_eval", "hops")
-        if row and any(row.get(name) != question.get(name) for name in fields):
-            raise ValueError(f"{path}: its answer to line {question['line']} of {question['set']} is that to another "
-                             "question: name another --out")
+        if row is None:
+            continue
+        for name in ("question", "image", "answer", "answer_eval", "hops"):
+            if row.get(name) != question.get(name):
+                raise ValueError(f"{path}: its answer to line {question['line']} of "
+                                 f"{question['set']} is that to another question: name another "
+                                 "--out")
 
 
-def different_kinds(questions, n):
-    """The first n questions, those that open a new kind before the others, with and without a picture in turn."""
-    kinds, new, others = set(), ([], []), []
-    for question in questions:
-        fresh = question.get("kind") not in kinds
-        (new[question["image"] is None] if fresh else others).append(question)
-        kinds.add(question.get("kind"))
-    turns = [question for pair in zip_longest(*new) for question in pair if question]
-    return (turns + others)[:n]
-
-
-def mark_of(args, name):
-    """What tells a base of the world from all others: its corpus, or, where somebody else built it, the base."""
-    corpus, manifest = world_of(args) / f"{name}.jsonl", world_of(args) / "kb" / name / "manifest.json"
-    built = read_json(manifest) if manifest.is_file() else {"corpus": None}
-    return built.get("sha256") if "corpus" not in built else checksum(corpus) if corpus.is_file() else None
-
-
-def settings_mark(router, args):
-    """A short mark of all that the answers depend on, so that rows of another run are not taken for this one's."""
+def settings_mark(flags, router):
+    """A short mark of all that the answers depend on, by content: weights, bases, settings. Rows of
+    another mark are not taken for this run's. flags: those of infer.py."""
+    weights = [checksum(file) for file in sorted(Path(flags.model).glob("*.safetensors"))]
+    if flags.kb:
+        bases = [base.mark for base in router.bases.values()]
+    else:
+        bases = [mark_in_world(world_of(flags), name) for name in BASES]
     o = router.options
-    weights = [[str(file), file.stat().st_mtime] for file in sorted(Path(args.model).glob("*.safetensors"))]
-    bases = [base.mark for base in router.bases.values()] if args.kb else [mark_of(args, name) for name in BASES]
-    settings = [weights, bases, args.eval, args.world, args.kb, args.images, args.dtype, router.prompts,
-                o.k, o.static_k, o.max_steps, o.max_new_tokens, o.temperature, o.seed]
+    settings = [weights, bases, flags.eval, flags.world, flags.images, flags.dtype, router.prompts,
+                o.k, o.passages_each, o.max_steps, o.max_new_tokens, o.temperature, o.seed]
     return f"{zlib.crc32(json.dumps(settings).encode()):08x}"
 
 
-def score_command(args):
-    """Scores existing result files, a line a method; the set of others' rows is named after their file.
-
-    Whose rows were left out cannot be told of all: they are counted in the first line.
-    """
-    methods, faults, seen = {}, [], {}
-    for file in args.score:
-        def check(row, number):
-            row = {"set": Path(file).stem, "line": number, **row}
-            score_row(row)
-            as_text(row)
-            return row
-        rows, wrong = read_rows(file, check, args.limit)
-        faults += wrong
-        for row in rows:
-            method = row.get("method") or "given"
-            if seen.setdefault((method, str(row_key(row))), row) is not row:
-                raise ValueError(f"{file}: line {row['line']} of set {row['set']!r} is there twice for method "
-                                 f"{method!r}: score files of different runs one at a time")
-            methods.setdefault(method, []).append(row)
-    report([score_table(rows) for rows in methods.values()], [faults] + [[]] * (len(methods) - 1), args)
+def mark_in_world(world, name):
+    """What tells a base of a world from all others: its corpus, or, where somebody else built it
+    there, the base. None where there is neither."""
+    manifest = world / "kb" / name / "manifest.json"
+    if manifest.is_file():
+        built = read_json(manifest)
+        if "corpus" not in built:
+            return built.get("sha256")
+    corpus = world / f"{name}.jsonl"
+    return checksum(corpus) if corpus.is_file() else None
 
 
-def report(tables, left_out, args):
-    """Tables, the rows left out, and a JSON object a method as the last lines."""
-    for flag, path in (("csv", args.csv), ("jsonl", args.jsonl)):
-        if path:
-            write_table(path, [row for table in tables for row in table], flag)
-    if not args.json:
-        print_results(tables)
-    for fault in dict.fromkeys(fault for faults in left_out for fault in faults):
-        print(f"infer.py: left out: {printable(fault)}", file=sys.stderr)
-    for table, faults in zip(tables, left_out):
-        print(json.dumps(overview(table) | {"left_out": len(faults)}, ensure_ascii=False))
+def world_of(flags):
+    """The folder of the world that the flags of infer.py name, or of the embedded one."""
+    return Path(flags.world or HERE / "data" / "demo")

@@ -1,71 +1,87 @@
-"""What the terminal shows: a trace of one question, the chat."""
+"""What the terminal shows of a question: its steps, and the chat."""
 import json
 import os
 import sys
 
-from PIL import Image
-
-from parts.questions import golds_of, plans_of, predicted, result_row
+from parts.questions import golds_of, plans_of, predicted
 from parts.score import answer_scores
 from parts.steps import BASES, NONE, PREFIX
+from parts.trajectory import result_row
 from parts.vision import load_picture
-from plumbing.old import code_of, printable
+from plumbing.files import printable, say, stop_code
+
+GREY, RED, GREEN, CYAN, BOLD = "2", "31", "32", "36", "1"           # ANSI codes
 
 
-# ---------------------------------------------------------------------------------------------------- 4 what people see
+# ---------------------------------------------------------------------------------- one question
 
 def has_colour():
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    """Whether stdout is a terminal that shows colours."""
+    return (sys.stdout.isatty() and "NO_COLOR" not in os.environ
+            and os.environ.get("TERM") != "dumb")
 
 
-def thumbnail(path, size=20):
-    """A picture as `size` x `size` pixels of text: each character is two pixels, one above the other."""
-    small = load_picture(path).resize((size, size), Image.Resampling.BOX)
-    for y in range(0, size, 2):
-        pairs = (small.getpixel((x, y)) + small.getpixel((x, y + 1)) for x in range(size))
-        yield "".join("\x1b[38;2;{};{};{};48;2;{};{};{}m▀".format(*pair) for pair in pairs) + "\x1b[0m"
-
-
-def print_line(name, text, code=""):
-    """One line of a trace; `code` is an ANSI colour."""
+def print_line(name, text, colour=""):
+    """One line of a trace: a name of at most ten letters, then the text."""
     text = printable(text)
-    print(f"  {name:<10}" + (f"\x1b[{code}m{text}\x1b[0m" if code and has_colour() else text))
+    if colour and has_colour():
+        text = f"\x1b[{colour}m{text}\x1b[0m"
+    print(f"  {name:<10}{text}")
 
 
-def print_thought(said):
-    if "fault" in said:
-        print_line("malformed", f"{said['fault']}: {said['text'][:100]}", "31")
+def print_thought(output):
+    """The thought of a step of a result row, or what is wrong with the step."""
+    if "fault" in output:
+        print_line("malformed", f"{output['fault']}: {output['text'][:100]}", RED)
     else:
-        print_line("think", said["thought"], "2")
+        print_line("think", output["thought"], GREY)
 
 
 def print_trace(row):
-    """Shows one result row: question and picture, each step with its best evidence, the answer against the gold."""
-    print(printable(row["question"]), f"  [{printable(row.get('kind', 'question'))}, {row['method']}]")
+    """Shows one result row: the question, each step with its best evidence, the answer against the
+    gold."""
+    kind = row.get("kind", "question")
+    print(printable(row["question"]), f"  [{printable(kind)}, {row['method']}]")
     if row.get("image"):
-        print(*thumbnail(row["image"]), sep="\n") if has_colour() else print_line("picture", row["image"])
+        print_line("picture", row["image"])
     for plan in plans_of(row):
-        if "thought" in plan or "fault" in plan:
-            print_thought(plan)
-        asked = NONE if plan["retriever"] == [NONE] else f"{' + '.join(plan['retriever'])}: {plan['query']}"
-        print_line("ask", asked, "36")
-        for prefix in PREFIX.values():
-            if plan.get(prefix):
-                print_line("read", plan[prefix][0][:160], "2")
-        if "answer" in plan:
-            print_thought(plan["answer"])
-            print_line("found", plan["answer"]["answer"])
+        print_plan(plan)
+    answer = predicted(row)
     print_thought(row["llm_answer"])
-    print_line("answer", predicted(row) or "(none)", "1")
+    print_line("answer", answer or "(none)", BOLD)
     if row.get("answer") is not None:
-        right = answer_scores(predicted(row), golds_of(row))[1] == 1
-        print_line("gold", " | ".join(map(str, golds_of(row)[:5])))
-        print_line("", "right" if right else "wrong", "32" if right else "31")
-    print_line("time", f"{row['cost']['seconds_model']:.2f} s model, {row['cost']['seconds_search']:.3f} s search")
+        golds = golds_of(row)
+        _, recall, _ = answer_scores(answer, golds)
+        print_line("gold", " | ".join(str(gold) for gold in golds[:5]))
+        if recall == 1:
+            print_line("", "right", GREEN)
+        else:
+            print_line("", "wrong", RED)
+    model, search = row["cost"]["seconds_model"], row["cost"]["seconds_search"]
+    print_line("time", f"{model:.2f} s model, {search:.3f} s search")
     print()
 
 
-CHAT_HELP = """A line is a question, which sees the question and answer before it. Commands:
+def print_plan(plan):
+    """A sub-question, where it went, the best passage of each base, and the intermediate answer."""
+    if "thought" in plan or "fault" in plan:
+        print_thought(plan)
+    if plan["retriever"] == [NONE]:
+        print_line("ask", NONE, CYAN)
+    else:
+        print_line("ask", f"{' + '.join(plan['retriever'])}: {plan['query']}", CYAN)
+    for prefix in PREFIX.values():
+        if plan.get(prefix):
+            print_line("read", plan[prefix][0][:160], GREY)
+    if "answer" in plan:
+        print_thought(plan["answer"])
+        print_line("found", plan["answer"]["answer"])
+
+
+# ----------------------------------------------------------------------------------------- a chat
+
+CHAT_HELP = """\
+A line is a question, which sees the question and answer before it. Commands:
   :image FILE   a picture for the questions that follow; :image alone takes it away
   :base NAME    ask text, image or table only; :base alone lets the model choose again
   :trace        show the steps of each answer, or stop showing them
@@ -74,46 +90,59 @@ CHAT_HELP = """A line is a question, which sees the question and answer before i
 
 
 class Chat:
-    """Questions and commands from the terminal or a pipe. With `as_json`, a result row a question and nothing else.
+    """Questions and commands from the terminal or a pipe. With `as_json`, a result row a question
+    and nothing else.
 
-    A follow-up has the exchange before it as `former` (see Router.run): a method that routes goes on from there.
+    A follow-up has the exchange before it as `former` (see Router.run): a method that routes goes
+    on from there.
     """
 
     def __init__(self, make_router, method, image, as_json):
-        self.make_router, self.usual, self.as_json = make_router, method, as_json
-        self.router, self.image, self.former, self.trace = make_router(method=method), None, (), False
-        self.command("image", image or "")
+        """make_router(method=name) returns a Router; `method` is the one to begin with."""
+        self.make_router, self.method, self.as_json = make_router, method, as_json
+        self.router = make_router(method=method)
+        self.former = ()                    # the exchange before, a list of one (question, answer)
+        self.trace = False
+        self.show_picture(image or "")
 
     def run(self):
-        """Until :quit, the end of the input, or Ctrl-C. A mistake is told in one line and the chat goes on."""
+        """Until :quit, the end of the input, or Ctrl-C. A mistake is told in one line and the chat
+        goes on."""
         sys.stdin.reconfigure(errors="replace")
+        prompt = "> " if sys.stdin.isatty() else ""
         if not self.as_json:
             print(CHAT_HELP)
         try:
-            while (line := input("> " if sys.stdin.isatty() else "").strip()).split()[:1] != [":quit"]:
+            while True:
+                line = input(prompt).strip()
+                if line.split()[:1] == [":quit"]:
+                    break
                 try:
-                    if line.startswith(":"):
-                        self.command(*line[1:].partition(" ")[::2])
-                    elif line:
-                        self.ask(line)
+                    self.answer(line)
                 except (ValueError, OSError) as error:
-                    print(f"infer.py: {error}", file=sys.stderr)
-        except (EOFError, KeyboardInterrupt) as end:
-            if isinstance(end, KeyboardInterrupt) and code_of(end) != 130:         # SIGTERM
+                    say(f"infer.py: {error}")
+        except EOFError:
+            say("")
+        except KeyboardInterrupt as stop:
+            if stop_code(stop) != 130:                              # SIGTERM ends the program
                 raise
-            print(file=sys.stderr)
+            say("")
+
+    def answer(self, line):
+        """Does what a line of the user's asks for."""
+        if line.startswith(":"):
+            name, _, value = line[1:].partition(" ")
+            self.command(name, value.strip())
+        elif line:
+            self.ask(line)
 
     def command(self, name, value):
-        value = value.strip()
         if name == "image":
-            value = os.path.expanduser(value)
-            if value:
-                load_picture(value)
-            self.image, self.former = value or None, ()
+            self.show_picture(value)
         elif name == "base":
             if value and value not in BASES:
                 raise ValueError(f":base {value}: give one of {', '.join(BASES)}, or nothing")
-            self.router = self.make_router(method=value or self.usual)
+            self.router = self.make_router(method=value or self.method)
         elif name == "trace":
             self.trace = not self.trace
         elif name == "new":
@@ -123,13 +152,23 @@ class Chat:
         else:
             raise ValueError(f":{name}: no such command, :help names them")
 
+    def show_picture(self, path):
+        """The picture of the questions that follow; "" for none."""
+        path = os.path.expanduser(path)
+        if path:
+            load_picture(path)
+        self.image = path or None
+        self.former = ()
+
     def ask(self, question):
-        [trajectory] = self.router.run([{"question": question, "image": self.image, "former": self.former}])
-        row = result_row(trajectory)
+        row = {"question": question, "image": self.image, "former": self.former}
+        [trajectory] = self.router.run([row])
+        result = result_row(trajectory)
         self.former = [(question, trajectory.answer)] if trajectory.answer else ()
         if self.as_json:
-            print(json.dumps(row, ensure_ascii=False), flush=True)
+            print(json.dumps(result, ensure_ascii=False), flush=True)
         elif self.trace:
-            print_trace(row)
+            print_trace(result)
         else:
-            print_line("answer", predicted(row) or f"(none: {row['llm_answer']['fault']})", "1")
+            answer = predicted(result)
+            print_line("answer", answer or f"(none: {result['llm_answer']['fault']})", BOLD)

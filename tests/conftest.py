@@ -64,6 +64,16 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def shell(tmp_path_factory):
+    """Folder of a very small model of two layers, without weights."""
+    from lab.tiny import write_shell
+    folder = tmp_path_factory.mktemp("shell") / "model"
+    write_shell(folder, 32, 2, 2, 1, 48)
+    (folder / "prompts.json").write_text('{"route": "plan", "answer": "read", "final": "answer"}')
+    return folder
+
+
+@pytest.fixture(scope="session")
 def home(tmp_path_factory):
     """For bad input: the smallest world `w` with its bases, a random model `m` that fits it, and an
     `adapter` of that model."""

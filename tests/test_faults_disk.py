@@ -75,7 +75,7 @@ def test_what_is_renamed_into_place_is_on_the_disk_before(home, tmp_path, capsys
 
 WRITERS = {"a run": (lambda b: b.sft("--threads", 1), "out/lock"),
            "a result file": (lambda b: b.eval(asking(None), flags=("--out", b.dir / "r.jsonl", "--max-new-tokens", 2)),
-                             "r.jsonl")}
+                             ".r.jsonl.lock")}
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -117,8 +117,6 @@ READ_ONLY = {
     "a run, there already": lambda b, place: b.sft("--out", place),
     "an export": lambda b, place: export(b, place / "mine"),
     "result rows": lambda b, place: b.eval(asking(None), flags=("--out", place / "r.jsonl")),
-    "a table": lambda b, place: ["infer", "--score", b.file("r.jsonl", {"answer": "x", "llm_answer": "x"}), "--csv",
-                                 place / "t.csv"],
     "a base": lambda b, place: build(b, {"id": "1", "text": "t"}, "--out", place / "kb"),
     "a world": lambda b, place: ["world", "--countries", 12, "--questions", 13, "--out", place / "w"],
     "a page": lambda b, place: ["report", b.out, "--out", place / "page.html"]}

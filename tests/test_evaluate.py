@@ -1,0 +1,276 @@
+"""Measures by hand, intervals against the binomial distribution, tables, result files that grow."""
+import json
+import os
+import re
+
+import pytest
+
+from conftest import ROOT, run
+from parts.evaluate import (COLUMNS, GROUPINGS, MEASURES, answer_many, appending, different_kinds,
+                            earlier_rows, evaluate, means, overview, print_results, print_table,
+                            score_row, score_table)
+from parts.questions import load_questions
+from parts.steps import render_answer
+from parts.trajectory import COSTS
+from scripted import cli, questions_at, scripted
+
+TEXT, IMAGE, NONE = "Text Retriever", "Text Image Retriever", "None"
+
+
+def answered(answer, chosen=(), gold=(), method="router", **more):
+    """A result row whose gold answer is "Ortal city"."""
+    cost = {"retrievals": len(chosen) - 1, "model_calls": 2, "prompt_tokens": 30,
+            "generated_tokens": 10, "malformed": 1, "too_long": 0, "seconds_model": 0.5,
+            "seconds_search": 0.25}
+    row = {"question": "q", "answer": ["Ortal city"], "method": method, "cost": cost,
+           "hops": [{"query": "q", "retriever": name} for name in gold],
+           "llm_answer": {"thought": "t", "answer": answer}, **more}
+    for i, name in enumerate(chosen, 1):
+        row[f"plan_{i}"] = {"query": "q", "retriever": [name]}
+    return row
+
+
+ROWS = [
+    answered("Ortal city", [TEXT, NONE], ["text retriever"], kind="a"),             # 2 of 2 places
+    answered("Ortal", [IMAGE, TEXT, NONE], ["text image retriever"], kind="a"),     # 1 of 3
+    answered("x", [NONE], ["text retriever", "table retriever"], kind="b")]         # 0 of 3
+
+
+def test_evaluation_by_hand():
+    result = evaluate(ROWS)
+    assert result["route_accuracy"] == round((1 + 1 / 3 + 0) / 3, 6)
+    assert result["f1_recall"] == 0.5 and result["em"] == round(1 / 3, 6)
+    assert result["f1"] == round((1 + 2 / 3) / 3, 6)
+    assert result["retrievals"] == 1.0 and result["gold_retrievals"] == 1.33333      # six digits
+    costs = [result[name] for name in ("n", "malformed", "model_calls", "tokens", "seconds")]
+    assert costs == [3, 1.0, 2.0, 40.0, 0.75]
+    names = ("tokens_read", "tokens_written", "seconds_model", "seconds_search", "too_long")
+    assert [result[name] for name in names] == [30.0, 10.0, 0.5, 0.25, 0.0]
+    assert result["by_set"] == {} and result["by_kind"] == {"a": 0.75, "b": 0.0}
+    assert result["by_hops"] == {"1": 0.75, "2": 0.0}
+    other = evaluate([answered("x", [TEXT], ["text retriever"], method="text")])
+    assert other["route_accuracy"] is None and other["gold_retrievals"] == 1
+    assert evaluate([{"question": "q", "answer": "x", "llm_answer": "x"}])["retrievals"] is None
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        evaluate([])
+
+
+def test_routes_of_others_count_in_any_case():
+    row = {"question": "q", "answer": "x", "llm_answer": "x", "method": "fewshot",
+           "hops": [{"query": "q", "retriever": "text retriever", "answer": "x"}],
+           "plan_1": {"retriever": ["text retriever"]}, "plan_2": {"retriever": [" none"]}}
+    assert score_row(row)["route_accuracy"] == 1.0
+    # a malformed step chose nothing; one step too many counts
+    row |= {"plan_2": {"fault": "no tags", "retriever": ["None"]}}
+    assert score_row(row)["route_accuracy"] == 0.5
+    row |= {"plan_2": {"retriever": [TEXT]}, "plan_3": {"retriever": [NONE]}}
+    assert score_row(row)["route_accuracy"] == pytest.approx(1 / 3)
+
+
+def test_intervals_are_those_of_the_binomial_distribution():
+    """The mean of 100 draws from 50 rights and 50 wrongs is Binomial(100, 1/2) / 100, whose 2.5th
+    and 97.5th percentiles are 0.40 and 0.60; of 10 rights in 100: 0.05 and 0.16."""
+    routed = {"method": "router", "hops": [], "plan_1": {"retriever": ["None"]}}
+
+    def scores(right):
+        found = []
+        for i in range(100):
+            row = {"question": "q", "answer": "x", "llm_answer": "x" if i < right else "y"}
+            found.append(score_row(row | routed if i < 20 else row))
+        return found
+    for right, low, high in ((50, 0.40, 0.60), (10, 0.05, 0.16)):
+        result = means(scores(right))
+        assert result["ci"]["em"] == pytest.approx([low, high], abs=0.011)
+        assert result["em"] == right / 100 and result["n"] == 100
+        assert result == means(scores(right)) == means(scores(right)[::-1])
+        # of the rows that know it, all are routed right; nobody knows the costs
+        assert result["route_accuracy"] == 1.0 and result["ci"]["route_accuracy"] == [1.0, 1.0]
+        assert result["seconds"] is None and result["ci"]["seconds"] is None
+    assert means(scores(1)[:1])["ci"]["f1_recall"] == [1.0, 1.0]
+
+
+# --------------------------------------------------------------------------------------- tables
+
+def test_columns_are_measures():
+    assert [column.measure for column in COLUMNS if column.measure not in MEASURES] == []
+    assert len({column.title for column in COLUMNS}) == len(COLUMNS)
+    for column in COLUMNS:
+        format(1.0, column.format)
+        assert column.sentence[0].islower() and not column.sentence.endswith(".")
+
+
+def test_a_table_by_hand():
+    table = score_table([{**row, "set": name} for row, name in zip(ROWS, "xyy")])
+    assert [(row["by"], row["group"], row["n"]) for row in table] == [
+        ("all", "", 3), ("set", "x", 1), ("set", "y", 2), ("kind", "a", 2), ("kind", "b", 1),
+        ("hops", "1", 2), ("hops", "2", 1)]
+    assert {row["method"] for row in table} == {"router"}
+    result = overview(table)
+    assert result["by_set"] == {"x": 1.0, "y": 0.25} and result["method"] == "router"
+    assert not {"by", "group"} & set(result)
+    assert set(result) == {"method", "n", "ci", *MEASURES, *(f"by_{by}" for by in GROUPINGS)}
+
+
+def test_what_is_printed(capsys):
+    print_results([score_table(ROWS)])
+    lines = capsys.readouterr().out.splitlines()
+    assert re.split(r"\s{2,}", lines[0]) == [
+        "method", "n", "F1-Recall", "95 %", "exact", "F1", "routing", "retrievals", "gold",
+        "malformed", "calls", "read", "written", "model s", "search s"]
+    assert lines[1].split() == ["router", "3", "0.500", "0.000-1.000", "0.333", "0.556", "0.444",
+                                "1.00", "1.33", "1.000", "2.00", "30", "10", "0.500", "0.2500"]
+    assert [line.split()[:2] for line in lines[2:6]] == [[], ["by", "kind"], ["a", "2"], ["b", "1"]]
+    assert lines[8].startswith("1 ") and not any("by set" in line for line in lines)
+    # of several methods F1-Recall side by side; "-" where one has no such group
+    other = score_table([answered("Ortal city", method="text", kind="c", set="s"),
+                         answered("Ortal city", method="text", kind="c", set="t")])
+    print_results([score_table(ROWS), other])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[4:7]] == [
+        ["F1-Recall", "by", "set", "router", "text"], ["s", "-", "1.000"], ["t", "-", "1.000"]]
+    assert ["a", "0.750", "-"] in [line.split() for line in lines]
+    print_table([["ab", "c"], ["d", "efg"]])
+    assert capsys.readouterr().out == "ab    c\nd   efg\n\n"
+
+
+# ---------------------------------------------------------------------------- files of result rows
+
+def test_scoring_the_rows_of_others(tmp_path, capsys):
+    rows = [{"question": "q", "answer": "Paris", "llm_answer": "in Paris"},
+            {"question": "q", "answer": ["no"], "llm_answer": {"thought": "t", "answer": "yes no"},
+             "plan_1": "any"},
+            {"question": "q", "answer": ["6.75"], "answer_eval": [{"range": [6.5, 7.0]}],
+             "llm_answer": "6.9"},
+            {"question": "q", "answer": ["x"], "llm_answer": None}]
+    file = tmp_path / "others.jsonl"
+    bad = ["{oops", '{"question": "q", "answer": "x"}', '{"llm_answer": "x"}', "[1]",
+           '{"answer": [{"range": [1, Infinity]}], "llm_answer": "x"}',
+           '{"answer": "x", "llm_answer": "x", "cost": {"retrievals": 1}}',
+           '{"answer": "x", "llm_answer": "x", "hops": 3}',
+           '{"answer": "x", "llm_answer": "x", "hops": [], "method": "router", "plan_1": "any"}']
+    file.write_text("\n".join([json.dumps(row) for row in rows] + bad) + "\n")
+    code, lines, err = cli(capsys, "--score", file)
+    result = json.loads(lines[-1])
+    assert (result["n"], result["f1_recall"], result["em"]) == (4, 0.75, 0.25)
+    assert result["left_out"] == 8
+    numbers = [int(re.search(r"others\.jsonl:(\d+): ", line).group(1)) for line in err]
+    assert code == 0 and numbers == list(range(5, 13))
+    code, lines, err = cli(capsys, "--score", file, "--limit", 3, "--json")
+    assert json.loads(lines[0])["n"] == 3 and len(lines) == 1 and not err
+    # several files, told apart by their names
+    more = questions_at(tmp_path / "more.jsonl", {"llm_answer": "x"})
+    code, lines, _ = cli(capsys, "--score", file, more)
+    assert code == 0 and json.loads(lines[-1])["by_set"] == {"others": 0.75, "more": 1.0}
+    assert "by set" in "\n".join(lines) and "more" in "\n".join(lines)
+
+
+def test_rows_of_wrong_types_are_named_and_left_out(tmp_path, capsys):
+    cost = dict.fromkeys(COSTS, 1)
+    routed = {"method": "router", "hops": [], "llm_answer": "x"}
+    bad = [{"kind": [1]}, {"set": {}}, {"method": ["router"]}, {"llm_answer": "\ud800"},
+           {"question": "\udfff"}, {"cost": cost | {"retrievals": 1e999}},
+           routed | {"plan_1": {"retriever": [None]}}, {"answer": []}]
+    rows = [{"llm_answer": "x"}, {"llm_answer": "x", "method": None}]
+    rows += [{"llm_answer": "x", "line": i, **row} for i, row in enumerate(bad, 3)]
+    file = questions_at(tmp_path / "r.jsonl", *rows)
+    code, lines, err = cli(capsys, "--score", file)
+    result = json.loads(lines[-1])
+    assert code == 0 and (result["n"], result["left_out"]) == (2, len(bad))
+    numbers = [int(line.split("r.jsonl:")[1].split(":")[0]) for line in err]
+    assert numbers == list(range(3, 3 + len(bad)))
+
+
+def test_the_same_questions_of_two_runs_are_not_pooled(tmp_path, capsys):
+    one, other = tmp_path / "a" / "r.jsonl", tmp_path / "b" / "r.jsonl"
+    for file, answer in ((one, "x"), (other, "y")):
+        file.parent.mkdir()
+        rows = [{"llm_answer": answer, "method": method} for method in ("direct", "cot")]
+        questions_at(file, *rows, {})
+    code, lines, err = cli(capsys, "--score", one, other)
+    assert code == 2 and not lines and len(err) == 1
+    assert "is there twice for method 'direct'" in err[0]
+    code, lines, err = cli(capsys, "--score", one)                  # a row left out counts once
+    assert code == 0 and len(err) == 1
+    assert [json.loads(line)["left_out"] for line in lines[-2:]] == [1, 0]
+
+
+def test_nobody_reads_on(tmp_path):
+    file = questions_at(tmp_path / "r.jsonl", {"llm_answer": "x"})
+    read, write = os.pipe()
+    os.close(read)
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}           # then the pipe breaks at the end
+    done = run("infer.py", "--score", file, capture_output=False, stdout=write, stderr=-1,
+               env=buffered, cwd=ROOT)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_first_row_that_was_torn_is_no_row(tmp_path):
+    file = tmp_path / "r.jsonl"
+    for text, refused in (('{"question": "Wh', False), ("", False), ('{"a": 1}', True),
+                          ("notes", True), ('{"a": 1}\n{"b', True), ("\n", True)):
+        file.write_text(text)
+        if refused:
+            with pytest.raises(ValueError, match="name another --out"):
+                earlier_rows(file, "x")
+        else:
+            assert earlier_rows(file, "x") == []
+        assert file.read_text() == (text if refused else "")
+
+
+def test_rows_that_a_run_takes_over(tmp_path):
+    file = tmp_path / "r.jsonl"
+    rows = [{"run": "x", "llm_answer": {"answer": str(i)}} for i in range(2)]
+    whole = "".join(json.dumps(row) + "\n" for row in rows)
+    file.write_text(whole + '{"run": "x", "llm')
+    assert earlier_rows(file, "x") == rows and file.read_text() == whole
+    for text in (whole, '{"run": "y", "llm_answer": 1}\n', '{"run": "y", "llm_answer": ""}\n'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="holds other rows"):
+            earlier_rows(file, "y" if text is whole else "x")
+
+
+def test_two_processes_do_not_write_one_file(tmp_path):
+    with appending(tmp_path / "r.jsonl"):
+        with pytest.raises(ValueError, match="another process writes there"):
+            with appending(tmp_path / "r.jsonl"):
+                pass
+    assert os.listdir(tmp_path) == []                               # no row came
+    with appending(tmp_path / "deep" / "r.jsonl") as file:
+        file.write("row\n")
+    with appending(tmp_path / "deep" / "r.jsonl") as file:
+        file.write("another\n")
+    assert (tmp_path / "deep" / "r.jsonl").read_text() == "row\nanother\n"
+    assert os.listdir(tmp_path / "deep") == ["r.jsonl"]
+
+
+def test_questions_to_show_are_of_different_kinds(tmp_path):
+    rows = []
+    for i, (kind, image) in enumerate((("a", 0), ("a", 1), ("b", 0), ("c", 1), ("d", 0), ("a", 1))):
+        rows.append({"kind": kind, "image": "x.png" if image else None, "i": i})
+    # new kinds with a picture and without one in turn, then the rest
+    assert [row["i"] for row in different_kinds(rows, 6)] == [3, 0, 2, 4, 1, 5]
+    assert [row["i"] for row in different_kinds(rows, 2)] == [3, 0]
+    assert different_kinds(rows, 0) == []
+
+
+def test_what_was_answered_is_not_asked_again(bases, tmp_path, capsys):
+    """Rows come in the order of the questions, the file's in that of their answers."""
+    rows = [{"kind": kind, "question": f"Who {i}?"} for i, kind in enumerate("aabb")]
+    questions, _ = load_questions(questions_at(tmp_path / "q.jsonl", *rows))
+    vlm, router = scripted(bases, lambda prompt, g: render_answer("t", "x"), method="direct")
+    out = tmp_path / "r.jsonl"
+    answer_many(router, questions[1:3], out, "mark")
+    assert sum(map(len, vlm.batches)) == 2
+    results = answer_many(router, questions, out, "mark", show=2)
+    assert [row["question"] for row in results] == [row["question"] for row in rows]
+    assert [batch[0].split(": ")[-1] for batch in vlm.batches[1:]] == ["Who 0?", "Who 3?"]
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Who")]
+    assert shown == ["Who 0?   [a, direct]", "Who 2?   [b, direct]"]
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["line"] for row in lines] == [2, 3, 1, 4]
+    assert {row["run"] for row in lines} == {"mark"}
+    answer_many(router, questions, None, show=4, quiet=True)
+    assert capsys.readouterr().out == "" and len(out.read_text().splitlines()) == 4
+    with pytest.raises(ValueError, match="holds other rows"):
+        answer_many(router, questions, out, "another mark")
