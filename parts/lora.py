@@ -7,6 +7,7 @@ Source: LoRA (arXiv 2106.09685).
 """
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ class LoRALinear(nn.Linear):
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What adapter_config.json says of an adapter's size, in peft's words."""
+    """The size of an adapter, in the words of adapter_config.json."""
     r: int = option(least=1, most=4096)             # the rank
     lora_alpha: float = option(least=1e-9)
 
@@ -69,7 +70,7 @@ def add_lora(vlm, rank=16, alpha=32, targets=LORA_TARGETS, seed=0):
     layers_of = target_layers(vlm, targets)
     vlm.requires_grad_(False)
     generator = torch.Generator(next(vlm.parameters()).device).manual_seed(seed)
-    for name in unique_layers(layers_of):
+    for name in each_layer(layers_of):
         layer = vlm.get_submodule(name)
         replace_layer(vlm, name, LoRALinear(layer, rank, alpha, generator))
     published = published_targets(vlm, layers_of)
@@ -84,7 +85,8 @@ def target_layers(vlm, targets):
     linear = [name for name, module in vlm.named_modules() if isinstance(module, nn.Linear)]
     layers_of = {}
     for target in targets:
-        layers_of[target] = [name for name in linear if is_named(name, target)]
+        layers_of[target] = [name for name in linear if ends_with(name, target)
+                             or ends_with(published_name(name), target)]
         if not layers_of[target]:
             raise ValueError(f"add_lora: no linear layer is named {target}")
         if "lm_head" in layers_of[target]:
@@ -93,31 +95,26 @@ def target_layers(vlm, targets):
     return layers_of
 
 
-def is_named(name, target):
-    """Whether our name of a layer, or its published one, ends with the words of the target."""
-    return any(f".{full}".endswith(f".{target}") for full in (name, published_name(name)))
+def ends_with(name, target):
+    """Whether a dotted name ends with the whole words of a target."""
+    return f".{name}".endswith(f".{target}")
 
 
-def unique_layers(layers_of):
+def each_layer(layers_of):
     """The layers of all targets, each once, in order."""
-    names = []
-    for layers in layers_of.values():
-        names += [name for name in layers if name not in names]
-    return names
+    return list(dict.fromkeys(chain.from_iterable(layers_of.values())))
 
 
 def published_targets(vlm, layers_of):
     """Targets that make peft choose the same layers. It looks at the ends of published names, of
     modules of any kind; where that would be more or less, each layer is named in full."""
-    names = [name for name, _ in vlm.named_modules()]
-    targets = []
+    names = [published_name(name) for name, _ in vlm.named_modules()]
+    published = []
     for target, layers in layers_of.items():
-        chosen = [name for name in names if f".{published_name(name)}".endswith(f".{target}")]
-        if set(chosen) == set(layers):
-            targets.append(target)
-        else:
-            targets += [published_name(name) for name in layers]
-    return targets
+        full = [published_name(name) for name in layers]
+        chosen = [name for name in names if ends_with(name, target)]
+        published += [target] if set(chosen) == set(full) else full
+    return published
 
 
 def replace_layer(vlm, name, layer):
@@ -157,8 +154,6 @@ def merge_lora(vlm):
     return vlm.requires_grad_(True)
 
 
-# -------------------------------------------------------------------------------------------- files
-
 def save_adapter(vlm, path):
     """Writes the adapter as peft reads it: adapter_config.json and adapter_model.safetensors."""
     tensors = {}
@@ -173,8 +168,8 @@ def save_adapter(vlm, path):
     write_json(Path(path) / "adapter_config.json", {**config, **vlm.lora})
 
 
-# What peft can do and this file cannot: fields of adapter_config.json with the values that they may
-# have, beside null and what is empty or false.
+# Fields of adapter_config.json and what they may say, beside null, false and what is empty. Whatever
+# else peft can do would be another model.
 SUPPORTED = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian"],
              "use_dora": [], "use_rslora": [], "use_qalora": [], "modules_to_save": [],
              "layers_to_transform": [], "rank_pattern": [], "alpha_pattern": [],
@@ -190,22 +185,29 @@ def load_adapter(vlm, path):
     for name, supported in SUPPORTED.items():
         value = values.get(name)
         if value and value not in supported:
-            raise ValueError(f"{path}: {name} is {value!r}, this code supports "
-                             f"{supported[0] if supported else None!r} only")
+            only = supported[0] if supported else None
+            raise ValueError(f"{path}: {name} is {value!r}, this code supports {only!r} only")
     targets = values.get("target_modules")
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise ValueError(f"{path}: target_modules is {targets!r}, expected a list of layer names")
     config = fill(LoraConfig, values, path)
-    if hasattr(vlm, "lora") and vlm.lora["lora_alpha"] != config.lora_alpha:
+    adapted = hasattr(vlm, "lora")
+    if adapted and vlm.lora["lora_alpha"] != config.lora_alpha:
         raise ValueError(f"{path}: lora_alpha is {config.lora_alpha}, the model's adapter has "
                          f"{vlm.lora['lora_alpha']}")
 
-    dtype = next(vlm.parameters()).dtype
-    file = Path(path) / "adapter_model.safetensors"
-    weights = read_weights([file], adapter_shapes(vlm, config.r, targets), our_adapter_name,
-                           dtype=dtype)
-    if not hasattr(vlm, "lora"):
-        add_lora(vlm, values["r"], values["lora_alpha"], targets)
+    shapes = {}
+    if adapted:
+        shapes = {name: p.shape for name, p in vlm.named_parameters() if "lora_" in name}
+    else:
+        for name in each_layer(target_layers(vlm, targets)):
+            layer = vlm.get_submodule(name)
+            shapes[f"{name}.lora_A"] = (config.r, layer.in_features)
+            shapes[f"{name}.lora_B"] = (layer.out_features, config.r)
+    weights = read_weights([Path(path) / "adapter_model.safetensors"], shapes, our_adapter_name,
+                           dtype=next(vlm.parameters()).dtype)
+    if not adapted:
+        add_lora(vlm, config.r, config.lora_alpha, targets)
     parameters = dict(vlm.named_parameters())
     with torch.no_grad():
         for name, weight in weights.items():
@@ -215,15 +217,3 @@ def load_adapter(vlm, path):
 def our_adapter_name(key):
     """peft's name of an adapter's matrix -> our parameter."""
     return our_name(key.removeprefix("base_model.model.")).removesuffix(".weight")
-
-
-def adapter_shapes(vlm, rank, targets):
-    """{name: shape} of the adapter that the model has, or will have for these targets."""
-    if hasattr(vlm, "lora"):
-        return {name: p.shape for name, p in vlm.named_parameters() if "lora_" in name}
-    shapes = {}
-    for name in unique_layers(target_layers(vlm, targets)):
-        layer = vlm.get_submodule(name)
-        shapes[f"{name}.lora_A"] = (rank, layer.in_features)
-        shapes[f"{name}.lora_B"] = (layer.out_features, rank)
-    return shapes

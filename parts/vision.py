@@ -1,13 +1,9 @@
-"""A picture file becomes image tokens: reading it, cutting it into patches, the vision tower.
-
-    file -> load_picture -> RGB -> picture_patches: its size, patches (P, numbers) -> VisionTower
-         -> image tokens (P / 4, C), in reading order
+"""A picture file becomes image tokens: load_picture -> picture_patches -> VisionTower.
 
 Shapes: P patches of all pictures of a batch, one behind the other; H heads, D head dimension. A
 picture's grid is (t, h, w) patches; a block of 2 x 2 patches becomes one image token.
 
-Source: Qwen2.5-VL technical report (arXiv 2502.13923). Deviation: pictures only, no video. The
-tower could read several frames, but a picture is one.
+Source: Qwen2.5-VL (arXiv 2502.13923). Deviation: pictures only, no video.
 """
 import functools
 import math
@@ -28,13 +24,11 @@ from plumbing.files import read_json
 from plumbing.options import fill, option
 
 
-# ------------------------------------------------------------------------------------ picture files
-
 # Pillow reads more, but a file need not be what its name says, and some formats start programs
 # (EPS: Ghostscript).
 PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
-# What Pillow raises for a damaged picture; the last three when it writes a damaged EXIF note anew.
+# What Pillow raises for a damaged picture; the last two when it writes a damaged EXIF note anew.
 DAMAGED = (Image.DecompressionBombError, Image.DecompressionBombWarning, OSError, SyntaxError,
            ValueError, TypeError, struct.error)
 
@@ -46,7 +40,11 @@ def load_picture(image):
     Pillow's limit of 90 million pixels.
     """
     try:
-        picture = upright(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                             # of damaged notes
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = image if isinstance(image, Image.Image) else open_picture(image)
+            picture = ImageOps.exif_transpose(picture)
         if picture.has_transparency_data:       # white shines through, as in the published code
             picture = picture.convert("RGBA")
             white = Image.new("RGBA", picture.size, "white")
@@ -61,21 +59,16 @@ def load_picture(image):
         raise ValueError(f"{image}: not a readable picture ({error})") from None
 
 
-def upright(image):
-    """A path or a PIL picture -> a PIL picture that is loaded and turned by its EXIF note."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                             # damaged notes in a picture
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        if isinstance(image, Image.Image):
-            return ImageOps.exif_transpose(image)
-        if os.path.exists(image) and not os.path.isfile(image):     # a pipe would wait for a writer
-            raise OSError("no regular file")
-        with Image.open(image, formats=PICTURES) as picture:
-            picture.load()
-        return ImageOps.exif_transpose(picture)
+def open_picture(path):
+    """The picture in a file, with all of its pixels read."""
+    if os.path.exists(path) and not os.path.isfile(path):       # a pipe would wait for its writer
+        raise OSError("no regular file")
+    with Image.open(path, formats=PICTURES) as picture:
+        picture.load()
+    return picture
 
 
-# --------------------------------------------------------------------------------- patches
+# ------------------------------------------------------------------------------------------ patches
 
 def edge(default, most):
     return option(default, least=1, most=most)
@@ -83,10 +76,10 @@ def edge(default, most):
 
 @dataclass(frozen=True)
 class PictureSettings:
-    """How pictures become patches. Fields with one choice say what else is not implemented."""
-    patch_size: int = edge(14, most=100)                    # pixels
-    temporal_patch_size: int = edge(2, most=10)             # frames; a picture is shown in each
-    merge_size: int = edge(2, most=10)                      # patches along a side of an image token
+    """How pictures become patches. A field with one choice says what else is not implemented."""
+    patch_size: int = edge(14, most=100)                        # pixels
+    temporal_patch_size: int = edge(2, most=10)                 # frames: a picture is all of them
+    merge_size: int = edge(2, most=10)                          # patches, of an image token
     min_pixels: int = edge(56 * 56, most=2 ** 26)
     max_pixels: int = edge(28 * 28 * 1280, most=2 ** 26)
     image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)     # of red, green, blue from 0 to 1
@@ -94,45 +87,38 @@ class PictureSettings:
     do_resize: bool = option(True, choices=(True,))
     do_rescale: bool = option(True, choices=(True,))
     do_normalize: bool = option(True, choices=(True,))
-    resample: int = option(3, choices=(3,))                 # bicubic
+    resample: int = option(3, choices=(3,))                     # bicubic
     rescale_factor: float = option(1 / 255, least=0.00391, most=0.00393)
+
+    def __post_init__(self):
+        for name, least in (("image_mean", -math.inf), ("image_std", 0)):
+            colour = getattr(self, name)
+            numbers = isinstance(colour, (list, tuple)) and len(colour) == 3
+            if not numbers or not all(type(x) in (int, float) and least < x < math.inf
+                                      for x in colour):
+                raise ValueError(f"{name} is {str(colour)[:40]!r}: expected three numbers above "
+                                 f"{least}")
 
 
 def read_picture_settings(path):
     """PictureSettings of a model directory. ValueError names the field that does not fit."""
-    values = picture_settings(path)
+    values = dict(picture_settings(path))
     where = f"{path}: picture settings"
     size = values.get("size") or {}
     if not isinstance(size, dict):
         raise ValueError(f"{where}: size is {str(size)[:40]!r}, expected an object")
-    values = dict(values)
     for name, newer in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         if values.get(name) is None:
             values[name] = size.get(newer)
-    for name, least in (("image_mean", -math.inf), ("image_std", 0)):
-        if name in values:
-            values[name] = colour(values[name], least, f"{where}: {name}")
     return fill(PictureSettings, values, where)
 
 
-def colour(values, least, name):
-    """A list of three numbers above `least` as a tuple."""
-    if isinstance(values, list) and len(values) == 3:
-        numbers = [x for x in values if type(x) in (int, float) and least < x < math.inf]
-        if len(numbers) == 3:
-            return tuple(numbers)
-    raise ValueError(f"{name} is {str(values)[:40]!r}, expected three numbers above {least}")
-
-
 def picture_settings(path):
-    """Picture settings of a model directory as they stand there, a dict: the part of
-    processor_config.json in which newer releases of transformers save them, else
-    preprocessor_config.json."""
+    """Picture settings of a model directory as they are, a dict: the part of processor_config.json
+    in which newer releases of transformers save them, else preprocessor_config.json."""
     older, newer = Path(path) / "preprocessor_config.json", Path(path) / "processor_config.json"
-    if not newer.is_file():
-        return read_json(older)
-    settings = read_json(newer).get("image_processor")
-    if settings is None and not older.is_file():
+    settings = read_json(newer).get("image_processor") if newer.is_file() else None
+    if settings is None and newer.is_file() and not older.is_file():
         raise ValueError(f"{newer}: no picture settings ('image_processor'), and there is no "
                          f"{older.name}")
     if settings is None:
