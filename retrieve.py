@@ -332,7 +332,7 @@ class KnowledgeBase:
     def search_vectors(self, vectors, k, exact=False):
         """The k best rows for vectors (Q, D): scores (Q, K) float32 and rows (Q, K) int64, K =
         min(k, documents)."""
-        scores, rows, start = [], [], 0
+        scores_of_shards, rows_of_shards, start = [], [], 0
         for shard in self.shards:
             index = shard.index
             reach = min(k + OVERFETCH, index.count)
@@ -340,13 +340,13 @@ class KnowledgeBase:
                 result = exact_search(chunks_of(index), vectors, reach, self.device)
             else:
                 result = index.search(vectors, reach, self.device)
-            scores.append(result[0])
-            rows.append(result[1] + start)
+            scores_of_shards.append(result[0])                   # (Q, reach)
+            rows_of_shards.append(result[1] + start)             # (Q, reach)
             start += index.count
-        scores = np.concatenate(scores, 1)                      # (Q, sum of reaches)
-        rows = np.concatenate(rows, 1)                          # (Q, sum of reaches)
+        scores = np.concatenate(scores_of_shards, 1)            # (Q, sum of reaches)
+        rows = np.concatenate(rows_of_shards, 1)                # (Q, sum of reaches)
         order = np.lexsort((rows, -scores.round(6)), axis=1)    # equal but for rounding: by row
-        order = order[:, :k]
+        order = order[:, :k]                                    # (Q, K)
         return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
     def place(self, row):
@@ -382,8 +382,8 @@ class KnowledgeBase:
             size = min(size, len(self))
             rows = np.random.default_rng(seed).choice(len(self), size, replace=False)
             places = [self.place(row) for row in rows]
-            vectors = [shard.index.block(row, row + 1) for shard, row in places]
-            vectors = np.concatenate(vectors).astype(np.float32)                # (Q, D)
+            blocks = [shard.index.block(row, row + 1) for shard, row in places]
+            vectors = np.concatenate(blocks).astype(np.float32)                 # (Q, D)
         else:
             vectors = self.encoder.encode_queries(sample)                       # (Q, D)
         scores, _ = self.search_vectors(vectors, k)                             # (Q, K)

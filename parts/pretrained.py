@@ -100,12 +100,8 @@ class Block(nn.Module):
         width, inner = c.hidden_size, c.intermediate_size
         self.heads, self.pre, self.causal = c.num_attention_heads, pre, causal
         self.act = ACTIVATIONS[c.hidden_act]
-        self.q = nn.Linear(width, width)
-        self.k = nn.Linear(width, width)
-        self.v = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
-        self.up = nn.Linear(width, inner)
-        self.down = nn.Linear(inner, width)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
         self.norm1 = nn.LayerNorm(width, c.layer_norm_eps)
         self.norm2 = nn.LayerNorm(width, c.layer_norm_eps)
 
@@ -246,25 +242,15 @@ class Bert(nn.Module):
         return x
 
 
-BERT_NAMES = [  # published name -> ours, every rule in turn
-    (r"^(bert|roberta)\.", ""),
-    (r"\.gamma$", ".weight"),
-    (r"\.beta$", ".bias"),
-    (r"^embeddings\.word_embeddings", "words"),
-    (r"^embeddings\.position_embeddings", "positions"),
-    (r"^embeddings\.token_type_embeddings", "types"),
-    (r"^embeddings\.LayerNorm", "norm"),
-    (r"^encoder\.layer\.", "blocks."),
-    (r"\.attention\.self\.query", ".q"),
-    (r"\.attention\.self\.key", ".k"),
-    (r"\.attention\.self\.value", ".v"),
-    (r"\.attention\.output\.dense", ".out"),
-    (r"\.attention\.output\.LayerNorm", ".norm1"),
-    (r"\.intermediate\.dense", ".up"),
-    (r"\.output\.dense", ".down"),
-    (r"\.output\.LayerNorm", ".norm2"),
-    (r"^pooler\.dense", "pooler"),
-]
+BERT_NAMES = [      # published name -> ours, every rule in turn
+    (r"^(bert|roberta)\.", ""), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias"),
+    (r"^embeddings\.word_embeddings", "words"), (r"^embeddings\.position_embeddings", "positions"),
+    (r"^embeddings\.token_type_embeddings", "types"), (r"^embeddings\.LayerNorm", "norm"),
+    (r"^encoder\.layer\.", "blocks."), (r"\.attention\.self\.query", ".q"),
+    (r"\.attention\.self\.key", ".k"), (r"\.attention\.self\.value", ".v"),
+    (r"\.attention\.output\.dense", ".out"), (r"\.attention\.output\.LayerNorm", ".norm1"),
+    (r"\.intermediate\.dense", ".up"), (r"\.output\.dense", ".down"),
+    (r"\.output\.LayerNorm", ".norm2"), (r"^pooler\.dense", "pooler")]
 BERT_UNUSED = r"^(cls|lm_head|classifier)\.|position_ids$|token_type_ids$"
 POOLINGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
 
@@ -369,7 +355,7 @@ class TextEncoder(Encoder):
         if options.get("query_model"):
             options["query_model"] = os.path.abspath(options["query_model"])
         self.name, self.options = os.path.abspath(path), options
-        self.settings = settings = encoder_options(options)
+        self.settings = settings = EncoderOptions(**options)
         self.passages = self.questions = TextModel(path, settings, device)
         self.dim, self.normalised = self.passages.dim, settings.normalise
         paths = [path]
@@ -475,22 +461,14 @@ class Tower(nn.Module):
 
 
 CLIP_NAMES = [
-    (r"^(text|vision)_model\.", r"\1."),
-    (r"^text_projection", "text.projection"),
-    (r"^visual_projection", "vision.projection"),
-    (r"\.embeddings\.token_embedding", ".words"),
+    (r"^(text|vision)_model\.", r"\1."), (r"^text_projection", "text.projection"),
+    (r"^visual_projection", "vision.projection"), (r"\.embeddings\.token_embedding", ".words"),
     (r"\.embeddings\.position_embedding", ".positions"),
-    (r"\.embeddings\.patch_embedding", ".patches"),
-    (r"\.embeddings\.class_embedding", ".summary"),
-    (r"\.encoder\.layers\.", ".blocks."),
-    (r"\.self_attn\.(q|k|v)_proj", r".\1"),
-    (r"\.self_attn\.out_proj", ".out"),
-    (r"\.layer_norm(\d)", r".norm\1"),
-    (r"\.mlp\.fc1", ".up"),
-    (r"\.mlp\.fc2", ".down"),
-    (r"\.pre_layrnorm", ".norm0"),
-    (r"\.(final|post)_layer_?norm", ".norm"),
-]
+    (r"\.embeddings\.patch_embedding", ".patches"), (r"\.embeddings\.class_embedding", ".summary"),
+    (r"\.encoder\.layers\.", ".blocks."), (r"\.self_attn\.(q|k|v)_proj", r".\1"),
+    (r"\.self_attn\.out_proj", ".out"), (r"\.layer_norm(\d)", r".norm\1"),
+    (r"\.mlp\.fc1", ".up"), (r"\.mlp\.fc2", ".down"), (r"\.pre_layrnorm", ".norm0"),
+    (r"\.(final|post)_layer_?norm", ".norm")]
 CLIP_UNUSED = r"^logit_scale$|position_ids$"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)         # of the colours red, green, blue
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -507,7 +485,7 @@ class ClipEncoder(Encoder):
         vision = fill(VisionConfig, CLIP_VISION | (config.vision_config or {}),
                       f"{file}: vision_config")
         self.name, self.options, self.device = os.path.abspath(path), options, device
-        self.settings, self.dim, self.cut = encoder_options(options), config.projection_dim, 0
+        self.settings, self.dim, self.cut = EncoderOptions(**options), config.projection_dim, 0
         with torch.device("meta"):
             towers = nn.ModuleDict({"text": Tower(text, self.dim),
                                     "vision": Tower(vision, self.dim)})
@@ -579,17 +557,6 @@ class ClipEncoder(Encoder):
             texts.append(text and self.settings.query_prefix + text)
             images.append(image)
         return self.encode_pairs(texts, images)
-
-
-# ------------------------------------------------------------------------------------ any encoder
-
-def encoder_options(options):
-    """EncoderOptions from keyword arguments."""
-    unknown = sorted(set(options) - set(asdict(EncoderOptions())))
-    if unknown:
-        raise ValueError(f"no encoder option {', '.join(unknown)}: the options are "
-                         f"{', '.join(asdict(EncoderOptions()))}")
-    return EncoderOptions(**options)
 
 
 def load_encoder(path_or_name, device="cpu", **options):

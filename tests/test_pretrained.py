@@ -255,7 +255,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
     ("m", {"query_length": "x"}, "query_length is 'x'"),
     pytest.param("lexical", {"device": "cuda"}, "device 'cuda' cannot be used here",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")),
-    ("m", {"pooling": "max"}, "max"), ("m", {"poling": "cls"}, "poling")])
+    ("m", {"pooling": "max"}, "max")])
 def test_wrong_encoder_options(tmp_path, name, options, reason):
     make_bert(tmp_path / "m")
     with pytest.raises(ValueError, match=reason):
