@@ -23,6 +23,9 @@ Deviations from the paper and from the released code, with the reason
       and leaves it out.
     * The parts of a reward are kept apart, so that a log shows which of them moves: similarity
       alone pays a wrong base, recall pays guessing.
+    * A routing step that says none in one place means none in both, under either rule. The released
+      code compares sub-question and base apart; it pays an empty sub-question, and nothing at all
+      where it does not know the base.
 """
 import re
 from dataclasses import dataclass

@@ -34,13 +34,13 @@ from pathlib import Path
 import torch
 
 from model import VLM
+from parts.batches import in_budget
 from parts.chat import Processor
 from parts.evaluate import evaluate_routers, questions_of, report, score_files, world_of
 from parts.questions import HERE, ROUTING, embedded_world, load_questions
 from parts.score import answer_scores                       # noqa: F401, a public name
 from parts.show import Chat, print_trace
-from parts.stepfiles import (demonstrations, in_budget, load_prompts, load_steps,
-                             with_demonstrations)
+from parts.stepfiles import demonstrations, load_prompts, load_steps, with_demonstrations
 from parts.steps import (BASES, BASE_OF, NONE, PROMPTS, AnswerStep, RouteStep, StepError,
                          answer_problem, conversation, final_problem, parse_step, route_problem)
 from parts.trajectory import COSTS, Candidate, Step, Trajectory, result_row
@@ -145,7 +145,7 @@ def ask_route(prompt, row, history):
 
 
 def ask_answer(prompt, row, query, evidence, question=None):
-    """Asks for the answer to `question`, or else to the query itself, from what the search found."""
+    """Asks for the answer to `question`, or else to the query, from what the search found."""
     passages = {base: [hit.text for hit in hits] for base, hits in evidence.items()}
     problem = answer_problem(question or query, passages, has_picture(row))
     return Ask("answer", problem, prompt, query, evidence)
@@ -647,7 +647,7 @@ def one_question(flags, seed, world):
     if world is None:
         raise ValueError("nothing to answer: give --question or --eval beside --kb")
     rows, _ = load_questions(world / "questions.jsonl")
-    good = [row for row in rows if row["image"] and len(row.get("hops", ())) == 2] or rows
+    good = [row for row in rows if row["image"] and len(row.get("hops") or ()) == 2] or rows
     return good[seed % len(good)]
 
 

@@ -45,7 +45,7 @@ import torch
 from grpo import RewardOptions, group_advantages, grpo_loss, similarity_table, step_reward
 from infer import Router, Search
 from model import VLM
-from parts.batches import count_tokens, make_batch, pack
+from parts.batches import Mixture, count_tokens, in_budget, make_batch, pack
 from parts.chat import Processor
 from parts.evaluate import evaluate
 from parts.groups import (Group, Interest, balanced, groups_by_prompt, groups_of, judge, mean_of,
@@ -56,7 +56,7 @@ from parts.lora import add_lora, load_adapter, lora_disabled, merge_lora
 from parts.modeldir import keep_others, prompts_in, read_model, write_model
 from parts.pretrained import load_encoder
 from parts.questions import embedded_world, golds_of, load_questions
-from parts.stepfiles import Mixture, in_budget, offline_rows, read_sources, system_prompts
+from parts.stepfiles import offline_rows, read_sources, system_prompts
 from parts.steps import BASES, parse_step
 from parts.trajectory import Candidate
 from plumbing.files import read_json, replacing, run_command

@@ -1,15 +1,73 @@
-"""What a pass of training is given, as padded tensors.
+"""What a pass of training is given: which examples together, and as padded tensors.
 
-    step examples -> make_batch: rows of prompt and target, and which tokens are targets
+    step examples -> Mixture: batches that keep a budget of tokens
+                  -> make_batch: rows of prompt and target, and which tokens are targets
     groups        -> pack: prompts, the outputs of each, and what belongs to each output or token
 
 Legend of shapes
     B examples of a batch   T tokens of the longest
     N groups   n outputs of the largest group   L tokens of the longest output
 """
+import random
+
 import torch
 
 from parts.stepfiles import step_output
+
+
+def in_budget(items, size, budget):
+    """Items sorted by size and cut into batches: rows x the longest row keeps the budget. An item
+    that is larger than the budget stands alone."""
+    batches = []
+    for item in sorted(items, key=size):            # so the last one of a batch is its longest
+        if not batches or (len(batches[-1]) + 1) * size(item) > budget:
+            batches.append([])
+        batches[-1].append(item)
+    return batches
+
+
+class Mixture:
+    """Endless batches from several files, each file drawn in proportion to its share and without
+    repetition within an epoch.
+
+    Batch (pool, i) depends on the seed alone, so a run continues at the same place. The examples of
+    a pool are sorted by length before they are cut into batches, so that little is padded; the
+    order of the batches is shuffled again.
+    """
+    POOL = 1024
+
+    def __init__(self, sources, length, tokens, seed):
+        """sources: list of (name, trajectories, share); length(example): its tokens; tokens: the
+        budget of a batch."""
+        total = sum(share for _, _, share in sources)
+        self.sources = []
+        for name, trajectories, share in sources:
+            examples = []
+            for steps in trajectories:
+                examples += steps
+            count = max(1, round(self.POOL * share / total))        # of a pool
+            self.sources.append((name, examples, count))
+        self.length, self.tokens, self.seed = length, tokens, seed
+        self.orders = {}                                    # name -> (epoch, its permutation)
+
+    def draw(self, name, examples, i):
+        """The i-th example drawn from a file: every epoch is another permutation."""
+        epoch, place = divmod(i, len(examples))
+        if self.orders.get(name, (None, None))[0] != epoch:
+            order = list(range(len(examples)))
+            random.Random(f"{self.seed} {name} {epoch}").shuffle(order)
+            self.orders[name] = epoch, order
+        _, order = self.orders[name]
+        return examples[order[place]]
+
+    def batches(self, pool):
+        """The batches of a pool, each a list of StepExample."""
+        examples = []
+        for name, source, count in self.sources:
+            examples += [self.draw(name, source, pool * count + i) for i in range(count)]
+        batches = in_budget(examples, self.length, self.tokens)
+        random.Random(f"{self.seed} pool {pool}").shuffle(batches)
+        return batches
 
 
 def encoded(processor, example):

@@ -1,6 +1,6 @@
-"""Step files: the published form of trajectories, read, checked, mixed, shown as examples, written.
+"""Step files: the published form of trajectories, read, checked, shown as examples, written.
 
-    steps.jsonl -> read_steps -> trajectories of StepExample -> Mixture: supervised batches
+    steps.jsonl -> read_steps -> trajectories of StepExample -> supervised training
                                                              -> prompts of offline Step-GRPO
                                                              -> system prompts, demonstrations
     result rows of our own router -> write_steps -> steps.jsonl
@@ -14,7 +14,6 @@ parts/fewshot.jsonl is such a file: the three trajectories that method fewshot s
 import json
 import math
 import os
-import random
 import re
 import shutil
 import zlib
@@ -44,8 +43,8 @@ class StepExample:
     system: str         # system prompt
     problem: str        # the user's turn
     answer: object      # ret: {"query", "retriever": [name]}; ans: a text, or a list of texts
-    thought: str
-    images: tuple       # paths
+    thought: str = ""
+    image: str = None   # path of its picture
 
     @property
     def role(self):
@@ -63,8 +62,8 @@ class StepExample:
 
     def conversation(self):
         """The chat that the processor takes; a problem that ends with <image> shows the picture."""
-        shown = self.images and self.problem.endswith(IMAGE)
-        return conversation(self.system, self.problem, self.images[0] if shown else None)
+        image = self.image if self.problem.endswith(IMAGE) else None
+        return conversation(self.system, self.problem, image)
 
     def as_published(self):
         """The step as a row of a step file has it."""
@@ -89,7 +88,7 @@ def step_output(step):
 
 # ---------------------------------------------------------------------------------------- reading
 
-def example_of(step, images):
+def example_of(step, image):
     """A step of a row, as JSON has it -> StepExample. ValueError says what does not fit."""
     if not isinstance(step, dict):
         raise ValueError(f"step {str(step)[:60]!r}: expected an object")
@@ -107,7 +106,7 @@ def example_of(step, images):
     if kind == "ans" and not is_answer(answer):
         raise ValueError(f"step_type 'ans' with answer {str(answer)[:60]!r}: expected a text, or a "
                          "list of texts")
-    return StepExample(kind, system, problem, answer, thought, images)
+    return StepExample(kind, system, problem, answer, thought, image)
 
 
 def is_route(answer):
@@ -128,28 +127,25 @@ def is_answer(answer):
     return isinstance(answer, str) and answer != ""
 
 
-def images_of(row, folder):
-    """The pictures of a row, as paths. ValueError for more than one, and for one of this machine
-    that lies outside the folder of the file: a file from elsewhere must not show it to a model.
+def image_of(row, folder):
+    """The path of a row's picture, or None. ValueError for a second one, and for one of this
+    machine that lies outside the folder of the file: a file from elsewhere must not show it.
 
     Published files name their authors' paths, which do not exist here: those pass, and `clean_rows`
     leaves such rows out.
     """
     names = row.get("images") or []
-    if not isinstance(names, list):
-        raise ValueError(f"images is no list but {str(names)[:60]!r}")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"images is {str(names)[:60]!r}: expected a list of paths")
     if len(names) > 1:
         raise ValueError(f"{len(names)} pictures: a row shows one")
-    paths = []
-    for name in names:
-        if not isinstance(name, str):
-            raise ValueError(f"picture {str(name)[:60]!r}: expected a path")
-        path = str(folder / name)
-        if os.path.exists(path) and not inside(path, folder):
-            raise ValueError(f"picture {path} leads out of the file's folder: put it, or a hard "
-                             "link, there")
-        paths.append(path)
-    return tuple(paths)
+    if not names:
+        return None
+    path = str(folder / names[0])
+    if os.path.exists(path) and not inside(path, folder):
+        raise ValueError(f"picture {path} leads out of the file's folder: put it, or a hard link, "
+                         "there")
+    return path
 
 
 def read_steps(path, limit=None):
@@ -162,12 +158,12 @@ def read_steps(path, limit=None):
 
     def trajectory_of(row, number):
         as_text(row)
-        images = images_of(row, folder)
+        image = image_of(row, folder)
         steps = row.get("steps")
         if not isinstance(steps, list) or not steps:
             raise ValueError('expected {"images": [path], "steps": [{"step_type": "ret" or "ans", '
                              '"problem", "system", "answer"}]}')
-        return [example_of(step, images) for step in steps]
+        return [example_of(step, image) for step in steps]
 
     return read_jsonl(path, trajectory_of, limit)
 
@@ -202,7 +198,7 @@ def system_prompts(trajectories):
     prompts = {}
     for role, count in counts.items():
         if count:
-            [(prompts[role], _)] = count.most_common(1)
+            prompts[role] = max(count, key=count.get)       # the first of those that have most
     return prompts
 
 
@@ -242,7 +238,8 @@ def with_demonstrations(prompts, trajectories):
 # ------------------------------------------------------------------------------------ for training
 
 def clean_rows(rows, drop):
-    """Count what is odd in trajectories and leave out what `drop` names -> (rows, counts).
+    """Leaves out trajectories that are odd in a way that `drop` names -> (rows, how many are odd in
+    each way).
 
     no_picture: its file is missing (such a row cannot be asked as it was meant, it is always left
     out); repeats: a sub-question comes twice; no_information: an intermediate gold answer says that
@@ -268,7 +265,7 @@ def oddities(steps):
     odd = set()
     queries = []
     for step in steps:
-        if not all(Path(image).is_file() for image in step.images):
+        if step.image and not Path(step.image).is_file():
             odd.add("no_picture")
         if step.role == "answer" and NO_INFORMATION.search(step.answer):
             odd.add("no_information")
@@ -294,7 +291,7 @@ def offline_rows(paths, drop):
 
 
 def read_sources(specs):
-    """["a.jsonl=3", "b.jsonl"] -> [(name, trajectories, share)], for Mixture."""
+    """["a.jsonl=3", "b.jsonl"] -> [(name, trajectories, share)], for a Mixture."""
     sources = []
     for spec in specs:
         name, _, share = spec.rpartition("=") if "=" in spec else (spec, "", "1")
@@ -310,61 +307,6 @@ def read_sources(specs):
     if not sources:
         raise ValueError("--data: name at least one step file")
     return sources
-
-
-def in_budget(items, size, budget):
-    """Items sorted by size and cut into batches: rows x the longest row keeps the budget. An item
-    that is larger than the budget stands alone."""
-    batches = []
-    for item in sorted(items, key=size):            # so the last one of a batch is its longest
-        if not batches or (len(batches[-1]) + 1) * size(item) > budget:
-            batches.append([])
-        batches[-1].append(item)
-    return batches
-
-
-class Mixture:
-    """Endless batches from several files, each file drawn in proportion to its share and without
-    repetition within an epoch.
-
-    Batch (pool, i) depends on the seed alone, so a run continues at the same place. The examples of
-    a pool are sorted by length before they are cut into batches, so that little is padded; the
-    order of the batches is shuffled again.
-    """
-    POOL = 1024
-
-    def __init__(self, sources, length, tokens, seed):
-        """sources: list of (name, trajectories, share); length(example): its tokens; tokens: the
-        budget of a batch."""
-        total = sum(share for _, _, share in sources)
-        self.sources = []
-        for name, trajectories, share in sources:
-            examples = []
-            for steps in trajectories:
-                examples += steps
-            count = max(1, round(self.POOL * share / total))        # of a pool
-            self.sources.append((name, examples, count))
-        self.length, self.tokens, self.seed = length, tokens, seed
-        self.orders = {}                                    # name -> (epoch, its permutation)
-
-    def draw(self, name, examples, i):
-        """The i-th example drawn from a file: every epoch is another permutation."""
-        epoch, place = divmod(i, len(examples))
-        if self.orders.get(name, (None, None))[0] != epoch:
-            order = list(range(len(examples)))
-            random.Random(f"{self.seed} {name} {epoch}").shuffle(order)
-            self.orders[name] = epoch, order
-        _, order = self.orders[name]
-        return examples[order[place]]
-
-    def batches(self, pool):
-        """The batches of a pool, each a list of StepExample."""
-        examples = []
-        for name, source, count in self.sources:
-            examples += [self.draw(name, source, pool * count + i) for i in range(count)]
-        batches = in_budget(examples, self.length, self.tokens)
-        random.Random(f"{self.seed} pool {pool}").shuffle(batches)
-        return batches
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -383,17 +325,17 @@ def steps_of(row, prompts):
         query, route = plan["query"], plan["retriever"][0]
         problem = route_problem(question, history, image)
         gold = {"query": "none" if route == NONE else query, "retriever": [route.lower()]}
-        steps.append(StepExample("ret", prompts["route"], problem, gold, plan["thought"], ()))
+        steps.append(StepExample("ret", prompts["route"], problem, gold, plan["thought"]))
         if route == NONE:
             continue
         evidence = {base: plan.get(prefix, ()) for base, prefix in PREFIX.items()}
         problem = answer_problem(query, evidence, image)
         thought, answer = plan["answer"]["thought"], plan["answer"]["answer"]
-        steps.append(StepExample("ans", prompts["answer"], problem, answer, thought, ()))
+        steps.append(StepExample("ans", prompts["answer"], problem, answer, thought))
         history.append((query, answer))
     problem = final_problem(question, history, image)
     thought, answer = row["llm_answer"]["thought"], row["llm_answer"]["answer"]
-    steps.append(StepExample("ans", prompts["final"], problem, [answer], thought, ()))
+    steps.append(StepExample("ans", prompts["final"], problem, [answer], thought))
     return steps
 
 

@@ -163,7 +163,7 @@ for name, row, message in (
         ("a problem that is a number", step_row(problem=3), ":1: problem is '3'"),
         ("half a surrogate pair", step_row(problem="\ud800"), ":1: 'utf-8' codec"),
         ("answers that are numbers", step_row(answer=[3]), ":1: step_type 'ans'"),
-        ("pictures that are no list", {**step_row(), "images": "x.png"}, "images is no list"),
+        ("pictures that are no list", {**step_row(), "images": "x.png"}, "images is 'x.png'"),
         ("no steps", {"images": [], "steps": []}, ":1: expected")):
     case(f"step file: {name}")(lambda b, row=row, message=message: (b.steps(row), message))
 

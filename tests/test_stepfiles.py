@@ -13,10 +13,9 @@ import pytest
 from infer import Router
 from parts.chat import Processor
 from parts.questions import load_questions
-from parts.stepfiles import (FEWSHOT, Mixture, StepExample, clean_rows, demonstrations, in_budget,
-                             load_prompts, load_steps, offline_rows, read_sources, read_steps,
-                             step_output, steps_to_train_on, system_prompts, with_demonstrations,
-                             write_steps)
+from parts.stepfiles import (FEWSHOT, StepExample, clean_rows, demonstrations, load_prompts,
+                             load_steps, offline_rows, read_sources, read_steps, step_output,
+                             steps_to_train_on, system_prompts, with_demonstrations, write_steps)
 from parts.steps import PROMPTS, AnswerStep, RouteStep, parse_step
 from parts.trajectory import result_row
 from retrieve import world_bases
@@ -75,15 +74,15 @@ def test_right_outputs_of_the_published_file_are_steps(golden):
 @pytest.mark.parametrize("gold", [{"query": "none", "retriever": ["text retriever"]},
                                   {"query": "Which?", "retriever": ["None"]}])
 def test_a_step_that_is_none_in_one_place_is_none_in_both(gold):
-    example = StepExample("ret", "s", "p", gold, "enough", ())
+    example = StepExample("ret", "s", "p", gold, "enough")
     assert parse_step(step_output(example)) == RouteStep("enough", "None", "None")
     assert example.label() == "none"
 
 
 def test_a_picture_is_shown_where_the_problem_ends_with_its_marker():
-    for problem, images, shown in (("p<image>", ("a.jpg",), "a.jpg"), ("p", ("a.jpg",), None),
-                                   ("p<image>", (), None)):
-        chat = StepExample("ans", "s", problem, "a", "", images).conversation()
+    for problem, image, shown in (("p<image>", "a.jpg", "a.jpg"), ("p", "a.jpg", None),
+                                  ("p<image>", None, None)):
+        chat = StepExample("ans", "s", problem, "a", "", image).conversation()
         content = chat[1]["content"]
         assert (None if isinstance(content, str) else content[1]["image"]) == shown
 
@@ -121,8 +120,8 @@ BAD_ROWS = [
     (row("p"), "step 'p': expected an object"),
     ({"images": [], "steps": []}, 'expected {"images"'), ({"images": []}, 'expected {"images"'),
     ({"images": [], "steps": "ab"}, 'expected {"images"'),
-    ({"images": "x.png", "steps": [step()]}, "images is no list"),
-    (row(images=[5]), "picture '5': expected a path"),
+    ({"images": "x.png", "steps": [step()]}, "images is 'x.png': expected a list of paths"),
+    (row(images=[5]), "images is '[5]'"),
     (row(images=["a.jpg", "b.jpg"]), "2 pictures: a row shows one"),
 ]
 
@@ -160,8 +159,8 @@ def test_pictures_lie_in_the_folder_of_the_file(tmp_path):
     names = ["own.png", "gone.png", "/gone/a.jpg"]
     path = written(folder / "s.jsonl", *(row(images=[name]) for name in names))
     trajectories, faults = read_steps(path)
-    shown = [steps[0].images for steps in trajectories]
-    assert shown == [(str(folder / name),) for name in names] and not faults
+    shown = [steps[0].image for steps in trajectories]
+    assert shown == [str(folder / name) for name in names] and not faults
     for name in ("../secret.png", str(tmp_path / "secret.png"), "link.png"):
         _, [fault] = read_steps(written(path, row(), row(images=[name])))
         assert "leads out of the file's folder" in fault
@@ -222,9 +221,9 @@ def test_our_demonstrations_are_a_step_file_with_our_prompts():
 
 
 def test_demonstrations_stand_behind_the_prompts_of_their_role():
-    ask = StepExample("ret", "s", "where<image>", GOLD, "t", ("a.jpg",))
-    read = StepExample("ans", "s", "what", " a ", "", ())
-    end = StepExample("ans", "s", "all", ["b", "c"], "u", ())
+    ask = StepExample("ret", "s", "where<image>", GOLD, "t", "a.jpg")
+    read = StepExample("ans", "s", "what", " a ")
+    end = StepExample("ans", "s", "all", ["b", "c"], "u")
     prompts = {"route": "R", "answer": "A", "final": "F", "cot": "C"}
     route = ("\n\nExample:\nwhere<image>\nReply:\n<think> t</think><sub-question> q</sub-question>"
              "<ret> Text Retriever</ret>")
@@ -304,52 +303,6 @@ def test_sources_and_their_shares(tmp_path):
     for nothing in (lambda: read_sources([]), lambda: offline_rows((), ())):
         with pytest.raises(ValueError, match="--data: name at least one step file"):
             nothing()
-
-
-def test_batches_keep_the_budget():
-    # by hand: 3 + 3 rows of width 3 are 6, a third of width 4 would make 12
-    assert in_budget([9, 4, 3, 3], int, 8) == [[3, 3], [4], [9]]
-    assert in_budget([2, 2, 2], int, 4) == [[2, 2], [2]] and in_budget([], int, 4) == []
-
-
-def examples(name, count):
-    return [[StepExample("ans", "s", f"{name}{i}", "a", "", ())] for i in range(count)]
-
-
-def ten_a_letter(example):
-    """Stands for the number of tokens: 20 to 50."""
-    return 10 * len(example.problem)
-
-
-def test_a_mixture_draws_by_share_and_repeats_nothing_within_an_epoch():
-    sources = [("a", examples("a", 5000), 3.0), ("b", examples("b", 100), 1.0)]
-    mixture = Mixture(sources, ten_a_letter, 1280, 0)
-    drawn = {"a": [], "b": []}
-    for pool in range(4):
-        for batch in mixture.batches(pool):
-            for example in batch:
-                drawn[example.problem[0]].append(example.problem)
-    a, b = drawn["a"], drawn["b"]
-    assert len(a) == 4 * 768 and len(b) == 4 * 256 and len(set(a)) == len(a)
-    counts = [b.count(problem) for problem in set(b)]           # ten epochs of 100
-    assert len(counts) == 100 and max(counts) - min(counts) <= 1
-    batches = mixture.batches(3)
-    sizes = [len(batch) * max(map(ten_a_letter, batch)) for batch in batches]
-    assert max(sizes) <= 1280                                   # the budget is kept, and well used
-    assert sum(size > 1100 for size in sizes) > 0.8 * len(batches)
-    again = Mixture(sources, ten_a_letter, 1280, 0)             # whatever was drawn before
-    assert again.batches(2) == mixture.batches(2)
-    assert Mixture(sources, ten_a_letter, 1280, 1).batches(2) != mixture.batches(2)
-
-
-def test_a_source_of_hardly_any_share_is_drawn_once_a_pool():
-    sources = [("a", examples("a", 50), 1e6), ("b", examples("b", 2), 1.0)]
-    mixture = Mixture(sources, ten_a_letter, 10 ** 9, 0)
-    drawn = []
-    for pool in range(4):
-        [batch] = mixture.batches(pool)
-        drawn += [example.problem for example in batch if example.problem[0] == "b"]
-    assert len(drawn) == 4 and sorted(drawn[:2]) == sorted(drawn[2:]) == ["b0", "b1"]
 
 
 # ---------------------------------------------------------------------------------------- writing
