@@ -1,26 +1,29 @@
-"""The experiment: what step-wise rewards teach, what they cost, what breaks them; three seeds, all else equal.
+"""The experiment: what step-wise rewards teach, what they cost, what breaks them; three seeds, all
+else equal.
 
 What flows through this file:
-    plan (below, as data) -> jobs: one configuration, one seed -> train.py and infer.py as a user would call them
-                          -> a row a finished job in results/PART.jsonl -> results/summary.json, figures, README tables
+    plan (below, as data) -> jobs: one configuration, one seed
+                          -> train.py and infer.py as a user would call them
+                          -> a row for each finished job in results/PART.jsonl
+                          -> results/summary.json, figures, the tables of docs/results.md
 
     main        Step-GRPO, outcome-only GRPO, more of the same supervision, rejection sampling
     collapse    how a route dies when step prompts are not balanced, and what helps
-    ablation    parts of the reward, the deviation, KL, group size, updates a batch, price of a retrieval, gold history
+    ablation    parts of the reward, the deviation, KL, group size, updates a batch, price of a
+                retrieval, gold history
     depth       three hops and more: trained compositions, unseen ones, unseen depth
     cost        pipelines that route and that do not: model calls, tokens and seconds of a question
 
-Jobs run two at a time, each on one core, and count the time of the processor, which other work on the machine hardly
-changes. A job that was stopped goes on; a finished one is not run again, unless its commands have changed.
+Jobs run two at a time, each on one core, and count the time of the processor, which other work on
+the machine hardly changes. A job that was stopped goes on; a finished one is not run again, unless
+its commands have changed.
 
 Choices were made on validation worlds. The test world is used once, by each finished job.
 """
-import argparse
 import hashlib
 import json
 import os
 import platform
-import re
 import signal
 import subprocess
 import sys
@@ -31,15 +34,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 
+from plumbing.files import run_command, write_json, write_text
+from plumbing.options import OneLineParser, add_flags, check_options, from_flags, option
+
 HERE = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)
 
-# ---------------------------------------------------------------------------------------------------------------- plan
+# -------------------------------------------------------------------------------------------- plan
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is. Minutes are of the processor."""
+    """How large everything is. Minutes are of the processor. Folders are named after all of it: a
+    field more, and finished runs are looked for in other places."""
     name: str = "experiment"        # of the folders under data and runs
     main: float = 6.0               # minutes of a main run
     ablation: float = 3.0           # minutes of any other training
@@ -48,7 +55,7 @@ class Scale:
     weak: int = 13000               # questions of the file of weak demonstrations
     val: int = 260                  # questions of the validation world
     test: int = 520                 # questions of the test world
-    countries: int = 0              # of every world; 0: as world.py has it
+    countries: int = 0              # of every world; 0: as lab.world has it
     rounds: int = 5                 # of rejection sampling
     sampled: int = 1000             # questions of a round
     deep: int = 8000                # questions of each depth to train on
@@ -59,8 +66,9 @@ class Scale:
     flags: tuple = ()               # more options of every training
 
 
-QUICK = Scale(name="experiment-quick", main=0, ablation=0, steps=2, train=39, weak=39, val=13, test=26, countries=40,
-              rounds=1, sampled=13, deep=39, deep_steps=2, deep_test=20, val_every=2, seeds=(0,),
+QUICK = Scale(name="experiment-quick", main=0, ablation=0, steps=2, train=39, weak=39, val=13,
+              test=26, countries=40, rounds=1, sampled=13, deep=39, deep_steps=2, deep_test=20,
+              val_every=2, seeds=(0,),
               flags=("--prompts", 6, "--group", 2, "--open-questions", 12))
 
 STEP = "Step-GRPO"
@@ -92,18 +100,25 @@ ABLATION = {
     "price 0.2": ("--price", 0.2),
     "gold history (offline)": ("--mode", "offline", "--data", "TRAIN/steps.jsonl"),
 }
-# Depth. With --rich a world has 15 moves in place of 12, and questions go all ways through them. What a recipe trains
-# on leaves out a third of the compositions of three hops, also inside of longer ones.
-RICH, PEEL, TRAIN, HELD = "--rich", "--peel", ("--compositions", "train"), ("--compositions", "held")
-DEPTH = {                           # name of a recipe -> options of its worlds, its training worlds {hops: weight}
+# Depth. With --rich a world has 15 moves in place of 12, and questions go all ways through them.
+# What a recipe trains on leaves out a third of the compositions of three hops, also inside of
+# longer ones.
+RICH, PEEL = "--rich", "--peel"
+TRAIN, HELD = ("--compositions", "train"), ("--compositions", "held")
+# name of a recipe -> options of its worlds, its training worlds {hops: weight}
+DEPTH = {
     "to three hops": ((RICH, PEEL), {2: 4, 3: 6}),
     "to three hops, thoughts that do not peel": ((RICH,), {2: 4, 3: 6}),
     "to three hops, fewer relations": ((PEEL,), {2: 4, 3: 6}),
     "to four hops": ((RICH, PEEL), {2: 3, 3: 3, 4: 4}),
 }
 DEPTH_TESTS = {                     # name of a test -> options of its world
-    "two hops": ("--hops", 2), "three": ("--hops", 3, *TRAIN), "three, unseen": ("--hops", 3, *HELD),
-    "four": ("--hops", 4, *TRAIN), "four, unseen": ("--hops", 4, *HELD), "five": ("--hops", 5),
+    "two hops": ("--hops", 2),
+    "three": ("--hops", 3, *TRAIN),
+    "three, unseen": ("--hops", 3, *HELD),
+    "four": ("--hops", 4, *TRAIN),
+    "four, unseen": ("--hops", 4, *HELD),
+    "five": ("--hops", 5),
 }
 PARTS = ("main", "collapse", "ablation", "depth", "cost")
 PIPELINES = ("router", "oracle", "static", "text", "image", "table", "direct")
@@ -121,7 +136,7 @@ class Job:
 
 def folder_of(job, scale):
     """Where a job's run lives; another plan for it gets another folder."""
-    slug = "".join(c if c.isalnum() else "-" for c in job.name.lower())
+    slug = "".join(letter if letter.isalnum() else "-" for letter in job.name.lower())
     mark = hashlib.sha256(repr((job, scale)).encode()).hexdigest()[:6]
     return Path("runs") / scale.name / f"{job.part}-{slug}-{job.seed}-{mark}"
 
@@ -136,43 +151,57 @@ def plan(scale):
                  Job("main", "SFT on the weak data", seed, "sft", scale.main)]
     jobs.append(Job("main", "weak start", 0, "eval", flags=("weights/tiny-warm", "router")))
     for part, names in (("collapse", COLLAPSE), ("ablation", ABLATION)):
-        jobs += [Job(part, name, seed, "grpo", scale.ablation, flags)
-                 for name, flags in names.items() for seed in scale.seeds]
-    jobs += [Job("depth", name, seed, "depth", scale.deep_steps / 400) for name in DEPTH for seed in scale.seeds]
-    return jobs + [Job("cost", method, 0, "eval", flags=("weights/tiny", method)) for method in PIPELINES]
+        for name, flags in names.items():
+            jobs += [Job(part, name, seed, "grpo", scale.ablation, flags) for seed in scale.seeds]
+    for name in DEPTH:
+        minutes = scale.deep_steps / 400
+        jobs += [Job("depth", name, seed, "depth", minutes) for seed in scale.seeds]
+    for method in PIPELINES:
+        jobs.append(Job("cost", method, 0, "eval", flags=("weights/tiny", method)))
+    return jobs
 
 
-# ------------------------------------------------------------------------------------------------------------ commands
+# ---------------------------------------------------------------------------------------- commands
 
 
 def command(script, *words):
     return [sys.executable, script, *map(str, words)]
 
 
+def data(scale, name):
+    """The folder of a world."""
+    return f"data/{scale.name}/{name}"
+
+
 def grpo(job, scale):
     """Step-GRPO, or a variation of it, and the test of its best checkpoint."""
-    flags = [str(flag).replace("TRAIN", f"data/{scale.name}/train") for flag in job.flags]
-    return [command("train.py", "grpo", *training(job, scale, folder_of(job, scale)), *flags),
-            test(job, folder_of(job, scale) / "best", scale)]
+    out = folder_of(job, scale)
+    flags = [str(flag).replace("TRAIN", data(scale, "train")) for flag in job.flags]
+    return [command("train.py", "grpo", *training(job, scale, out), *flags),
+            test(job, out / "best", scale)]
 
 
 def sft(job, scale):
     """More of the supervision that the weak start had."""
-    return [command("train.py", "sft", *training(job, scale, folder_of(job, scale)),
-                    "--data", f"data/{scale.name}/weak/weak.jsonl"),
-            test(job, folder_of(job, scale) / "best", scale)]
+    out = folder_of(job, scale)
+    weak = f"{data(scale, 'weak')}/weak.jsonl"
+    return [command("train.py", "sft", *training(job, scale, out), "--data", weak),
+            test(job, out / "best", scale)]
 
 
 def rejection(job, scale):
-    """In turns: sample trajectories of new questions, keep those whose final answer is right, train on them."""
+    """In turns: sample trajectories of new questions, keep those whose final answer is right, train
+    on them."""
     commands, model = [], "weights/tiny-warm"
     for i in range(scale.rounds):
-        folder, world = folder_of(job, scale) / f"round-{i}", f"data/{scale.name}/round-{i}"
-        commands.append(command("infer.py", "--model", model, "--world", world, "--threads", 1, "--temperature", 1,
-                                "--seed", job.seed, "--max-new-tokens", 64, "--out", f"{folder}.jsonl",
-                                "--write-steps", f"{folder}-steps.jsonl", "--keep", "correct"))
-        commands.append(command("train.py", "sft", *training(job, scale, folder, model, scale.rounds),
-                                "--data", f"{folder}-steps.jsonl"))
+        folder = folder_of(job, scale) / f"round-{i}"
+        steps = f"{folder}-steps.jsonl"
+        commands.append(command(
+            "infer.py", "--model", model, "--world", data(scale, f"round-{i}"), "--threads", 1,
+            "--temperature", 1, "--seed", job.seed, "--max-new-tokens", 64,
+            "--out", f"{folder}.jsonl", "--write-steps", steps, "--keep", "correct"))
+        flags = training(job, scale, folder, model, scale.rounds)
+        commands.append(command("train.py", "sft", *flags, "--data", steps))
         model = folder / "last"
     return [*commands, test(job, model, scale)]
 
@@ -180,153 +209,202 @@ def rejection(job, scale):
 def depth(job, scale):
     """Teach weights/tiny longer questions by supervision, then ask it for those of each depth."""
     (options, mix), out = DEPTH[job.name], folder_of(job, scale)
-    home = {hops: f"data/{scale.name}/{deep('train', options, ('--hops', hops, *TRAIN))}" for hops in mix}
-    files = [f"{home[hops]}/fresh.jsonl={weight}" for hops, weight in mix.items()]
-    files += [f"{home[2]}/{task}.jsonl={weight}" for task, weight in (("copy", 2), ("describe", 2), ("compare", 1))]
-    return [command("train.py", "sft", "--model", "weights/tiny", "--seed", job.seed, "--threads", 1,
-                    "--steps", scale.deep_steps, "--learning-rate", 5e-4, "--warmup", 50, "--log-every", 100,
-                    "--save-every", scale.deep_steps, "--out", out, "--data", *files),
-            *(test(job, out / "last", scale, world=deep("test", options, more))
-              for more in deep_tests(options).values())]
+    files, homes = [], {}
+    for hops, weight in mix.items():
+        homes[hops] = data(scale, deep("train", options, ("--hops", hops, *TRAIN)))
+        files.append(f"{homes[hops]}/fresh.jsonl={weight}")
+    for task, weight in (("copy", 2), ("describe", 2), ("compare", 1)):
+        files.append(f"{homes[2]}/{task}.jsonl={weight}")
+    commands = [command(
+        "train.py", "sft", "--model", "weights/tiny", "--seed", job.seed, "--threads", 1,
+        "--steps", scale.deep_steps, "--learning-rate", 5e-4, "--warmup", 50, "--log-every", 100,
+        "--save-every", scale.deep_steps, "--out", out, "--data", *files)]
+    for more in deep_tests(options).values():
+        commands.append(test(job, out / "last", scale, world=deep("test", options, more)))
+    return commands
+
+
+def evaluate(job, scale):
+    """A test of a shipped model."""
+    model, method = job.flags
+    return [test(job, model, scale, method)]
 
 
 def deep_tests(options):
-    """The tests for worlds of these options: {name: more options}. Five hops need the more relations."""
+    """The tests for worlds of these options: {name: more options}. Five hops need the more
+    relations."""
     return {name: more for name, more in DEPTH_TESTS.items() if name != "five" or RICH in options}
 
 
 def deep(split, options, more):
     """Name of a world of the depth part. What is only asked has no thoughts to peel."""
-    words = [str(w).strip("-") for w in (*options, *more) if (split, w) != ("test", PEEL)]
-    return "-".join(["depth", split, *(w for w in words if w not in ("hops", "compositions"))])
+    words = ["depth", split]
+    for word in (*options, *more):
+        if (split, word) != ("test", PEEL) and word not in ("--hops", "--compositions"):
+            words.append(str(word).strip("-"))
+    return "-".join(words)
 
 
 def training(job, scale, out, model="weights/tiny-warm", parts=1):
     """Options of a training that takes one of `parts` equal parts of a job's time."""
-    flags = ("--follow", "best", *scale.flags) if job.kind == "grpo" else ()
-    world = ("--world", f"data/{scale.name}/train") if job.kind == "grpo" and "offline" not in job.flags else ()
-    return ("--model", model, "--seed", job.seed, "--threads", 1, "--clock", "cpu", "--steps", scale.steps,
-            "--minutes", job.minutes / parts, "--val-every", scale.val_every * (1 if job.kind == "grpo" else 10),
-            "--val-world", f"data/{scale.name}/val", "--val-questions", scale.val, "--log-every", 100, *world, *flags,
-            "--out", out)
+    val_every, world, flags = scale.val_every * 10, (), ()
+    if job.kind == "grpo":
+        val_every, flags = scale.val_every, ("--follow", "best", *scale.flags)
+        if "offline" not in job.flags:
+            world = ("--world", data(scale, "train"))
+    return ("--model", model, "--seed", job.seed, "--threads", 1, "--clock", "cpu",
+            "--steps", scale.steps, "--minutes", job.minutes / parts, "--val-every", val_every,
+            "--val-world", data(scale, "val"), "--val-questions", scale.val, "--log-every", 100,
+            *world, *flags, "--out", out)
 
 
 def test(job, model, scale, method="router", world="test"):
     """The one use of a test world."""
-    size, more = (scale.deep_test, ("--max-steps", 6)) if job.kind == "depth" else (scale.test, ())
-    return command("infer.py", "--model", model, "--world", f"data/{scale.name}/{world}", "--method", method,
-                   "--threads", 1, "--limit", size, *more, "--out", f"{folder_of(job, scale)}.{world}.jsonl", "--json")
+    size, more = scale.test, ()
+    if job.kind == "depth":
+        size, more = scale.deep_test, ("--max-steps", 6)
+    return command(
+        "infer.py", "--model", model, "--world", data(scale, world), "--method", method,
+        "--threads", 1, "--limit", size, *more, "--out", f"{folder_of(job, scale)}.{world}.jsonl",
+        "--json")
 
 
-KINDS = {"grpo": grpo, "sft": sft, "rejection": rejection, "depth": depth,
-         "eval": lambda job, scale: [test(job, job.flags[0], scale, job.flags[1])]}
+KINDS = {"grpo": grpo, "sft": sft, "rejection": rejection, "depth": depth, "eval": evaluate}
+
+
+def commands_of(job, scale):
+    return KINDS[job.kind](job, scale)
 
 
 def worlds(scale):
-    """All worlds of the experiment: {name: options of world.py}."""
-    of = lambda split, seed, questions, *more: ("--split", split, "--seed", seed, "--questions", questions, *more)
-    places = {"train": of("train", 0, scale.train), "weak": of("train", 0, scale.weak, "--practice", 1),
-              "val": of("val", 0, scale.val), "test": of("test", 3000, scale.test)}
-    places |= {f"round-{i}": of("train", 100 + i, scale.sampled) for i in range(scale.rounds)}
+    """All worlds of the experiment: {name: options of lab.world}."""
+    def options_of(split, seed, questions, *more):
+        return ("--split", split, "--seed", seed, "--questions", questions, *more)
+
+    places = {"train": options_of("train", 0, scale.train),
+              "weak": options_of("train", 0, scale.weak, "--practice", 1),
+              "val": options_of("val", 0, scale.val),
+              "test": options_of("test", 3000, scale.test)}
+    for i in range(scale.rounds):
+        places[f"round-{i}"] = options_of("train", 100 + i, scale.sampled)
+    practice = ("--practice", max(scale.deep // 5, 1))
     for options, mix in DEPTH.values():
-        for more in (("--hops", hops, *TRAIN) for hops in mix):
-            places[deep("train", options, more)] = of("train", 0, scale.deep, *options, *more, "--practice",
-                                                      max(scale.deep // 5, 1))
+        for hops in mix:
+            more = ("--hops", hops, *TRAIN)
+            places[deep("train", options, more)] = options_of(
+                "train", 0, scale.deep, *options, *more, *practice)
         for more in deep_tests(options).values():
-            places[deep("test", options, more)] = of("test", 3000, scale.deep_test, *options, *more)
+            places[deep("test", options, more)] = options_of(
+                "test", 3000, scale.deep_test, *options, *more)
     return places
 
 
 def write_worlds(scale):
-    """Write the worlds of the experiment, those that are not there yet, and build the bases that are searched."""
-    from retrieve import world_bases                   # here, since it takes torch with it
+    """Writes the worlds of the experiment, those that are not there yet, and builds the bases that
+    are searched."""
+    from retrieve import world_bases                # here, since it takes torch with it
     for name, options in worlds(scale).items():
-        out = Path("data") / scale.name / name
+        out = Path(data(scale, name))
         if not (HERE / out / "questions.jsonl").is_file():
             more = ("--countries", scale.countries) if scale.countries else ()
-            done = subprocess.run(command("-m", "lab.world", *options, *more, "--out", out), cwd=HERE,
-                                  stdout=subprocess.DEVNULL)
-            if done.returncode:
-                raise ValueError(f"world.py could not write {out}: see its message above")
+            words = command("-m", "lab.world", *options, *more, "--out", out)
+            if subprocess.run(words, cwd=HERE, stdout=subprocess.DEVNULL).returncode:
+                raise ValueError(f"lab.world could not write {out}: see its message above")
         if "--practice" not in options:             # a world with practice is only read by sft
             world_bases(HERE / out)
 
 
-# ----------------------------------------------------------------------------------------------------------- execution
+# --------------------------------------------------------------------------------------- execution
+
+RUNNING = []                        # the processes of all jobs under way
 
 
 def fingerprint(commands):
     """What a job's commands amount to: with others, its stored row does not count."""
-    words = [[Path(c[1]).name, *c[2:]] for c in commands]
+    words = [[Path(script).name, *options] for _, script, *options in commands]
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:12]
 
 
+def output_of(*words):
+    done = subprocess.run(words, cwd=HERE, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
 def machine():
-    """Where and with what code a row was made."""
-    said = lambda *words: subprocess.run(words, cwd=HERE, capture_output=True, text=True).stdout.strip()
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-                 platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
-    code = (".", ":(exclude)results", ":(exclude)README.md")              # those two are what a finished job changes
-    changed = "+" if said("git", "status", "--porcelain", "--untracked-files=no", "--", *code) else ""
-    return {"machine": f"{model}, {os.cpu_count()} cores", "python": platform.python_version(),
-            "commit": said("git", "rev-parse", "--short", "HEAD") + changed}
+    """Where and with what code a row was made; "+" where the code differs from its commit."""
+    from lab.bench import machine as of_bench       # here, since it takes torch with it
+    code = (".", ":(exclude)results", ":(exclude)docs", ":(exclude)README.md")
+    changes = output_of("git", "status", "--porcelain", "--untracked-files=no", "--", *code)
+    commit = output_of("git", "rev-parse", "--short", "HEAD")
+    return {"machine": f"{of_bench('cpu')['cpu']}, {os.cpu_count()} cores",
+            "python": platform.python_version(), "commit": commit + ("+" if changes else "")}
+
+
+def run_one(words, log):
+    """Runs a command whose errors go to the log: (what it printed, seconds of the processor)."""
+    with open(log, "a") as file:
+        process = subprocess.Popen(words, cwd=HERE, stdout=subprocess.PIPE, stderr=file, text=True,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        RUNNING.append(process)
+        output = process.stdout.read()
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        RUNNING.remove(process)
+        file.write(output)
+    if process.returncode:
+        raise ValueError(f"{words[1]} ended with {process.returncode}; see {log}")
+    return output, used.ru_utime + used.ru_stime
 
 
 def run(job, scale):
-    """Run a job's commands one after the other; a test's last line is its result. Returns the job's row."""
-    commands, seconds, results = KINDS[job.kind](job, scale), 0.0, []
+    """Runs a job's commands one after the other; the last line of a test is its result. Returns the
+    job's row."""
+    commands, seconds, results = commands_of(job, scale), 0.0, []
     log = Path(f"{folder_of(job, scale)}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     for words in commands:
-        with open(log, "a") as f:
-            process = subprocess.Popen(words, cwd=HERE, stdout=subprocess.PIPE, stderr=f, text=True,
-                                       env={**os.environ, "OMP_NUM_THREADS": "1"})
-            RUNNING.append(process)
-            said = process.stdout.read()
-            _, code, used = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(code)
-            RUNNING.remove(process)
-            f.write(said)
-        seconds += used.ru_utime + used.ru_stime
-        if process.returncode:
-            raise RuntimeError(f"{job.part}, {job.name}, seed {job.seed}: {words[1]} ended with "
-                               f"{process.returncode}; see {log}")
+        output, used = run_one(words, log)
+        seconds += used
         if "--json" in words:
-            results.append(json.loads(said.strip().splitlines()[-1]))
+            results.append(json.loads(output.strip().splitlines()[-1]))
     tests = {"test": results[-1]}
     if job.kind == "depth":
         tests = {"tests": dict(zip(deep_tests(DEPTH[job.name][0]), results))}
-    return {**asdict(job), "fingerprint": fingerprint(commands), "commands": [" ".join(c[1:]) for c in commands],
-            **machine(), "finished": time.strftime("%Y-%m-%d"), "cpu_seconds": round(seconds),
-            "curve": curve(job, scale), "routes": routes(folder_of(job, scale) / "log.jsonl"), **tests}
+    return {**asdict(job), "fingerprint": fingerprint(commands),
+            "commands": [" ".join(words[1:]) for words in commands], **machine(),
+            "finished": time.strftime("%Y-%m-%d"), "cpu_seconds": round(seconds),
+            "curve": curve(job, scale), "routes": routes(folder_of(job, scale) / "log.jsonl"),
+            **tests}
 
 
-RUNNING = []
+def rows_of(path):
+    """The rows of a JSONL file that a run or a plan has written; none where there is no file."""
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 CURVES = ("f1_recall", "route_accuracy", "retrievals", "malformed")
 
 
 def curve(job, scale):
-    """Validations over time and over sampled tokens, of one run or of the rounds of one job in a row."""
+    """Validations over time and over sampled tokens, of one run or of the rounds of a job in a
+    row."""
     folders = [folder_of(job, scale)]
     if job.kind == "rejection":
         folders = [folders[0] / f"round-{i}" for i in range(scale.rounds)]
     points, before, tokens = [], 0.0, 0
     for folder in folders:
         seconds = 0.0
-        if not (folder / "log.jsonl").is_file():
-            continue
-        sampled = Path(f"{folder}.jsonl")                      # of a round of rejection sampling
-        if sampled.is_file():
-            costs = [json.loads(line)["cost"] for line in open(sampled)]
-            tokens += sum(cost["generated_tokens"] for cost in costs)
-            before += sum(cost["seconds_model"] + cost["seconds_search"] for cost in costs)
-        for row in map(json.loads, open(folder / "log.jsonl")):
+        for row in rows_of(Path(f"{folder}.jsonl")):            # what a round of rejection sampled
+            tokens += row["cost"]["generated_tokens"]
+            before += row["cost"]["seconds_model"] + row["cost"]["seconds_search"]
+        for row in rows_of(folder / "log.jsonl"):
             seconds = row["seconds"]
             if "validation" in row:
-                found = {k: row["validation"][k] for k in CURVES if k in row["validation"]}
-                points.append({**found, "seconds": round(before + seconds, 1), "tokens": tokens,
+                scores = {key: row["validation"][key] for key in CURVES if key in row["validation"]}
+                points.append({**scores, "seconds": round(before + seconds, 1), "tokens": tokens,
                                "step": row["step"]})
             elif job.kind == "grpo":
                 tokens += row["tokens"]
@@ -335,43 +413,56 @@ def curve(job, scale):
 
 
 def routes(path, width=10):
-    """How often each route is asked for, is gold, and has mixed groups, over updates: means over `width` of them."""
-    if not path.is_file():
-        return []
-    rows = [row for row in map(json.loads, open(path)) if "validation" not in row]
-    keys = sorted({k for row in rows for k in row if k.split(":")[0] in ("asked", "prompts", "mixed", "route")})
-    bins = [rows[i:i + width] for i in range(0, len(rows), width)]
-    some = lambda values: round(mean(values), 4) if values else None
-    return [{"step": part[-1]["step"], "seconds": part[-1]["seconds"],
-             **{k: some([row[k] for row in part if row.get(k) is not None]) for k in keys}} for part in bins]
+    """How often each route is asked for, is gold, and has mixed groups, over updates: means over
+    `width` of them."""
+    rows = [row for row in rows_of(path) if "validation" not in row]
+    keys = set()
+    for row in rows:
+        for key in row:
+            if key.split(":")[0] in ("asked", "prompts", "mixed", "route"):
+                keys.add(key)
+    bins = []
+    for start in range(0, len(rows), width):
+        part = rows[start:start + width]
+        means = {"step": part[-1]["step"], "seconds": part[-1]["seconds"]}
+        for key in sorted(keys):
+            values = [row[key] for row in part if row.get(key) is not None]
+            means[key] = round(mean(values), 4) if values else None
+        bins.append(means)
+    return bins
 
 
 def results_of(part, out):
-    path = out / f"{part}.jsonl"
-    return [json.loads(line) for line in open(path)] if path.is_file() else []
+    return rows_of(out / f"{part}.jsonl")
 
 
 def execute(jobs, scale, out, side_by_side):
-    """Run what is not finished, some jobs side by side; each finished one is a line of its part's file."""
-    done = {(r["part"], r["name"], r["seed"], r["fingerprint"]) for part in {j.part for j in jobs}
-            for r in results_of(part, out)}
-    waiting = [j for j in jobs if (j.part, j.name, j.seed, fingerprint(KINDS[j.kind](j, scale))) not in done]
+    """Runs what is not finished, some jobs side by side; each finished one is a line of its part's
+    file."""
+    finished = set()
+    for part in {job.part for job in jobs}:
+        for row in results_of(part, out):
+            finished.add((row["part"], row["name"], row["seed"], row["fingerprint"]))
+    waiting = []
+    for job in jobs:
+        mark = fingerprint(commands_of(job, scale))
+        if (job.part, job.name, job.seed, mark) not in finished:
+            waiting.append(job)
     print(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} of them finished before", flush=True)
-    lock, started, count = threading.Lock(), time.time(), 0
-    left = sum(j.minutes for j in waiting)
+    lock, started, ended = threading.Lock(), time.time(), []
 
     def one(job):
-        nonlocal count, left
-        row = run(job, scale)
+        try:
+            row = run(job, scale)
+        except ValueError as error:
+            raise ValueError(f"{job.part}, {job.name}, seed {job.seed}: {error}") from None
         with lock:
-            with open(out / f"{job.part}.jsonl", "a") as f:
-                f.write(json.dumps(row) + "\n")
-            count, left = count + 1, left - job.minutes
-            tests = row["tests"] if "tests" in row else {"": row["test"]}
-            scores = ", ".join(f"{name} {t['f1_recall']:.3f}".strip() for name, t in tests.items())
-            minutes, rest = (time.time() - started) / 60, left * 1.25 / side_by_side
-            print(f"{count}/{len(waiting)}  {job.part}: {job.name}, seed {job.seed}: F1-Recall {scores}   "
-                  f"{minutes:.0f} min, about {rest:.0f} min left", flush=True)
+            with open(out / f"{job.part}.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            ended.append(job)
+            left = sum(other.minutes for other in waiting if other not in ended)
+            say_finished(row, len(ended), len(waiting), time.time() - started, left / side_by_side)
+
     with ThreadPoolExecutor(side_by_side) as pool:
         futures = [pool.submit(one, job) for job in waiting]
         try:
@@ -381,48 +472,74 @@ def execute(jobs, scale, out, side_by_side):
             for future in futures:
                 future.cancel()
             for process in RUNNING:
-                process.terminate()                             # train.py saves behind the update under way
+                process.terminate()                 # train.py saves behind the update under way
             raise
 
 
-# ------------------------------------------------------------------------------------------------------------- summary
+def say_finished(row, number, count, seconds, minutes_left):
+    """A line on a finished job: its score, and how long the others will take, tests included."""
+    tests = row.get("tests") or {"": row["test"]}
+    scores = [f"{name} {test['f1_recall']:.3f}".strip() for name, test in tests.items()]
+    print(f"{number}/{count}  {row['part']}: {row['name']}, seed {row['seed']}: F1-Recall "
+          f"{', '.join(scores)}   {seconds / 60:.0f} min, about {minutes_left * 1.25:.0f} min left",
+          flush=True)
+
+
+# ----------------------------------------------------------------------------------------- summary
 
 
 def summary(out, scale):
-    """All rows -> {part: {name: scores over seeds}}: mean, deviation and each seed's; by kind also the worst."""
-    whole = {}
-    wanted = {(j.part, j.name, j.seed): fingerprint(KINDS[j.kind](j, scale)) for j in plan(scale)}
-    for part in dict.fromkeys(part for part, _, _ in wanted):
-        by_name = {name: {} for of, name, _ in wanted if of == part}                    # in the order of the plan
+    """All rows -> {part: {name: scores over seeds}}, names in the order of the plan; in the part
+    depth, where a run has several tests, {part: {name: {test: scores}}}."""
+    wanted, whole = {}, {}
+    for job in plan(scale):
+        wanted[job.part, job.name, job.seed] = fingerprint(commands_of(job, scale))
+    for part in PARTS:
+        by_name = {name: {} for of, name, _ in wanted if of == part}
         for row in results_of(part, out):
             if wanted.get((part, row["name"], row["seed"])) == row["fingerprint"]:
                 by_name[row["name"]][row["seed"]] = row
-        by_name = {name: rows for name, rows in by_name.items() if rows}
-        whole[part] = {name: over_seeds([rows[s] for s in sorted(rows)]) for name, rows in by_name.items()
-                       if part != "depth"}
-        if part == "depth":                         # several tests a run
-            whole[part] = {name: {t: over_seeds([{**rows[s], "test": rows[s]["tests"][t]} for s in sorted(rows)])
-                                  for t in rows[min(rows)]["tests"]} for name, rows in by_name.items()}
+        whole[part] = {}
+        for name, by_seed in by_name.items():
+            rows = [by_seed[seed] for seed in sorted(by_seed)]
+            if rows and part == "depth":
+                whole[part][name] = over_tests(rows)
+            elif rows:
+                whole[part][name] = over_seeds(rows)
     return whole
 
 
-SCORES = ("f1_recall", "em", "f1", "route_accuracy", "retrievals", "gold_retrievals", "malformed", "model_calls",
-          "tokens_read", "tokens_written", "seconds", "seconds_model", "seconds_search")
+def over_tests(rows):
+    """{test: scores over seeds} of the rows of one depth recipe."""
+    scores = {}
+    for test in rows[0]["tests"]:
+        scores[test] = over_seeds([{**row, "test": row["tests"][test]} for row in rows])
+    return scores
+
+
+SCORES = ("f1_recall", "em", "f1", "route_accuracy", "retrievals", "gold_retrievals", "malformed",
+          "model_calls", "tokens_read", "tokens_written", "seconds", "seconds_model",
+          "seconds_search")
 
 
 def over_seeds(rows):
+    """Rows of one configuration -> of each score the mean, the deviation and each seed's; scores by
+    kind and hops, the worst kind of any seed, and what the runs cost."""
     tests = [row["test"] for row in rows]
     scores = {}
     for name in SCORES:
-        values = [t[name] for t in tests if t.get(name) is not None]
+        values = [test[name] for test in tests if test.get(name) is not None]
         if values:
-            scores[name] = {"mean": mean(values), "sd": stdev(values) if len(values) > 1 else None, "seeds": values}
-    kinds = {kind: [t["by_kind"][kind] for t in tests] for kind in tests[0]["by_kind"]}
-    hops = {h: [t["by_hops"][h] for t in tests] for h in tests[0]["by_hops"]}
-    return {"seeds": [row["seed"] for row in rows], "n": tests[0]["n"], **scores, "by_kind": kinds, "by_hops": hops,
-            "worst_kind": min((min(v), kind) for kind, v in kinds.items()),
+            deviation = stdev(values) if len(values) > 1 else None
+            scores[name] = {"mean": mean(values), "sd": deviation, "seeds": values}
+    kinds = {kind: [test["by_kind"][kind] for test in tests] for kind in tests[0]["by_kind"]}
+    hops = {count: [test["by_hops"][count] for test in tests] for count in tests[0]["by_hops"]}
+    sampled = [row["curve"][-1]["tokens"] if row["curve"] else None for row in rows]
+    return {"seeds": [row["seed"] for row in rows], "n": tests[0]["n"], **scores,
+            "by_kind": kinds, "by_hops": hops,
+            "worst_kind": min((min(values), kind) for kind, values in kinds.items()),
             "cpu_seconds": [row["cpu_seconds"] for row in rows],
-            "tokens_sampled": [row["curve"][-1]["tokens"] if row["curve"] else None for row in rows],
+            "tokens_sampled": sampled,
             "commits": sorted({row["commit"] for row in rows}), "machine": rows[-1]["machine"]}
 
 
@@ -431,23 +548,28 @@ def goals(whole):
     main = whole.get("main", {})
     if STEP not in main or "outcome only" not in main:
         return []
-    step, f1, routing = main[STEP], main[STEP]["f1_recall"]["mean"], main[STEP]["route_accuracy"]["mean"]
-    others = {name: s["f1_recall"]["mean"] for name, s in main.items()
-              if name not in (STEP, "weak start")}
+    step = main[STEP]
+    f1, routing = step["f1_recall"]["mean"], step["route_accuracy"]["mean"]
+    others = {}
+    for name, scores in main.items():
+        if name not in (STEP, "weak start"):
+            others[name] = scores["f1_recall"]["mean"]
     rival = max(others, key=others.get)
-    ahead, rest = f1 - others["outcome only"], f1 - others[rival]
+    ahead, ahead_of_rival = f1 - others["outcome only"], f1 - others[rival]
     extra = step["retrievals"]["mean"] / step["gold_retrievals"]["mean"] - 1
-    low, kind = min((min(v), k) for k, v in step["by_kind"].items())
+    low, kind = step["worst_kind"]
     rows = [("F1-Recall, mean of the seeds", "at least 0.95", f1, f1 >= 0.95),
             ("routing accuracy", "at least 0.99", routing, routing >= 0.99),
             ("retrievals against gold", "within 3 %", extra, abs(extra) <= 0.03),
             (f"worst kind in any seed ({kind})", "at least 0.80", low, low >= 0.80),
             ("ahead of outcome only at equal time", "at least 0.20", ahead, ahead >= 0.20),
-            (f"ahead of the best other ({rival})", "at least 0.07", rest, rest >= 0.07)]
-    return [{"goal": g, "wanted": w, "got": round(v, 4), "holds": bool(h)} for g, w, v, h in rows]
+            (f"ahead of the best other ({rival})", "at least 0.07", ahead_of_rival,
+             ahead_of_rival >= 0.07)]
+    return [{"goal": goal, "wanted": wanted, "got": round(got, 4), "holds": bool(holds)}
+            for goal, wanted, got, holds in rows]
 
 
-# -------------------------------------------------------------------------------------------------- tables and figures
+# ------------------------------------------------------------------------------ tables and figures
 
 
 def table(header, rows):
@@ -456,108 +578,157 @@ def table(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def shown(score, form=".3f"):
+def average(score, form=".3f"):
+    """The mean of a score over seeds."""
+    return "-" if score is None else format(score["mean"], form)
+
+
+def spread(score, form=".3f"):
     """A score over seeds: the mean, and where there are several the deviation and each seed's."""
-    if score is None:
-        return "-"
-    if score["sd"] is None:
-        return format(score["mean"], form)
-    each = " / ".join(format(v, form) for v in score["seeds"])
+    if score is None or score["sd"] is None:
+        return average(score, form)
+    each = " / ".join(format(value, form) for value in score["seeds"])
     return f"{score['mean']:{form}} ± {score['sd']:{form}} ({each})"
 
 
 def configurations(names):
     """{name: scores over seeds} -> a table, a line a configuration."""
-    million = lambda tokens: "-" if None in tokens or not any(tokens) else f"{mean(tokens) / 1e6:.2f} M"
-    return table(
-        ["", "F1-Recall, mean ± sd (each seed)", "exact", "F1", "routing", "retrievals (gold)", "malformed",
-         "worst kind of any seed", "tokens sampled"],
-        [[name, shown(s["f1_recall"]), *(shown(s[measure]).split()[0] for measure in ("em", "f1")),
-          shown(s.get("route_accuracy")).split()[0],
-          f"{shown(s['retrievals'], '.2f').split()[0]} ({s['gold_retrievals']['mean']:.2f})",
-          shown(s["malformed"]).split()[0], f"{s['worst_kind'][1]} {s['worst_kind'][0]:.3f}",
-          million(s["tokens_sampled"])] for name, s in names.items()])
+    header = ["", "F1-Recall, mean ± sd (each seed)", "exact", "F1", "routing",
+              "retrievals (gold)", "malformed", "worst kind of any seed", "tokens sampled"]
+    rows = []
+    for name, scores in names.items():
+        sampled = scores["tokens_sampled"]
+        known = None not in sampled and any(sampled)
+        low, kind = scores["worst_kind"]
+        rows.append([name, spread(scores["f1_recall"]), average(scores["em"]),
+                     average(scores["f1"]), average(scores.get("route_accuracy")),
+                     f"{average(scores['retrievals'], '.2f')} "
+                     f"({average(scores['gold_retrievals'], '.2f')})",
+                     average(scores["malformed"]), f"{kind} {low:.3f}",
+                     f"{mean(sampled) / 1e6:.2f} M" if known else "-"])
+    return table(header, rows)
 
 
 def by_kind(names):
     """F1-Recall by kind and number of hops, means over seeds; a column a configuration."""
-    first = next(iter(names.values()))
-    rows = [[kind, *(f"{mean(s['by_kind'][kind]):.2f}" for s in names.values())] for kind in sorted(first["by_kind"])]
-    rows += [[f"{h} hop{'s' * (h != '1')}", *(f"{mean(s['by_hops'][h]):.2f}" for s in names.values())]
-             for h in sorted(first["by_hops"])]
+    first, rows = next(iter(names.values())), []
+    for kind in sorted(first["by_kind"]):
+        means = [f"{mean(scores['by_kind'][kind]):.2f}" for scores in names.values()]
+        rows.append([kind, *means])
+    for hops in sorted(first["by_hops"]):
+        means = [f"{mean(scores['by_hops'][hops]):.2f}" for scores in names.values()]
+        rows.append([f"{hops} hop" if hops == "1" else f"{hops} hops", *means])
     return table(["", *names], rows)
 
 
 def depths(names):
-    """F1-Recall of each test of depth: mean over seeds, and each; a line a recipe. Then how often a question was
-    searched for, and how many of its steps were malformed; a right trajectory has a search a hop."""
-    def lines(cell):
-        return [[name.removeprefix("to "), *(cell(tests[t]) if t in tests else "-" for t in DEPTH_TESTS)]
-                for name, tests in names.items()]
-    one = lambda score: shown(score, ".2f").split()[0]
-    return "\n\n".join([
-        table(["trained on two hops and", *DEPTH_TESTS], lines(lambda s: shown(s["f1_recall"], ".2f"))),
-        table(["searches / malformed steps", *DEPTH_TESTS],
-              lines(lambda s: f"{one(s['retrievals'])} / {one(s['malformed'])}"))])
+    """F1-Recall of each test of depth, a line a recipe. Then how often a question was searched for,
+    and how many of its steps were malformed; a right trajectory has a search a hop."""
+    scored, searched = [], []
+    for name, tests in names.items():
+        title = name.removeprefix("to ")
+        scored.append([title])
+        searched.append([title])
+        for test in DEPTH_TESTS:
+            scores, searches = "-", "-"
+            if test in tests:
+                scores = spread(tests[test]["f1_recall"], ".2f")
+                searches = (f"{average(tests[test]['retrievals'], '.2f')} / "
+                            f"{average(tests[test]['malformed'], '.2f')}")
+            scored[-1].append(scores)
+            searched[-1].append(searches)
+    return (table(["trained on two hops and", *DEPTH_TESTS], scored) + "\n\n"
+            + table(["searches / malformed steps", *DEPTH_TESTS], searched))
 
 
 def costs(names):
     """What a question costs, by pipeline, and quality per second."""
-    form = {"f1_recall": ".3f", "model_calls": ".2f", "retrievals": ".2f", "tokens_read": ".0f",
-            "tokens_written": ".0f"}
-    cell = lambda s, name: f"{1e3 * s[name]['mean']:.2f}" if "seconds" in name else shown(s[name], form[name])
-    columns = (*form, "seconds_model", "seconds_search")
-    return table(["", "F1-Recall", "model calls", "searches", "tokens read", "written", "model ms", "search ms",
-                  "F1-Recall per second"],
-                 [[name, *(cell(s, c) for c in columns), f"{s['f1_recall']['mean'] / s['seconds']['mean']:.0f}"]
-                  for name, s in names.items()])
+    header = ["", "F1-Recall", "model calls", "searches", "tokens read", "written", "model ms",
+              "search ms", "F1-Recall per second"]
+    rows = []
+    for name, scores in names.items():
+        milliseconds = [f"{1e3 * scores[key]['mean']:.2f}"
+                        for key in ("seconds_model", "seconds_search")]
+        per_second = scores["f1_recall"]["mean"] / scores["seconds"]["mean"]
+        rows.append([name, average(scores["f1_recall"]), average(scores["model_calls"], ".2f"),
+                     average(scores["retrievals"], ".2f"), average(scores["tokens_read"], ".0f"),
+                     average(scores["tokens_written"], ".0f"), *milliseconds, f"{per_second:.0f}"])
+    return table(header, rows)
 
 
 def speeds(lines):
-    """The JSON lines of bench.py -> a table, a line a figure; of a figure measured twice the later one."""
-    number = lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
-    found = {(part, name): (f, line["command"]) for line in lines for part, figures in line["figures"].items()
-             for name, f in figures.items()}
+    """The JSON lines of lab.bench -> a table, a line a figure; of a figure measured twice the later
+    one."""
+    latest = {}
+    for line in lines:
+        for part, figures in line["figures"].items():
+            for name, figure in figures.items():
+                latest[part, name] = figure, line["command"]
+    rows = []
+    for (_, name), (figure, bench) in latest.items():
+        value, against, goal = figure["value"], "", ""
+        if "ratio" in figure:
+            against = f"{figure['ratio']:.2f} × {figure['peer']}"
+        if "rounds" in figure:
+            against += " ({:.2f} to {:.2f})".format(*figure["rounds"])
+        if "goal" in figure:
+            goal = figure["goal"].replace(">=", "at least").replace("<=", "at most")
+            goal += "" if figure["met"] else ": missed"
+        number = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        rows.append([f"`{bench}`", name, f"{number} {figure['unit']}", against, goal])
+    return table(["command", "what", "ours", "against: median (rounds)", "goal"], rows)
 
-    def against(f):
-        spread = f" ({f['rounds'][0]:.2f} to {f['rounds'][1]:.2f})" if "rounds" in f else ""
-        return f"{f['ratio']:.2f} × {f['peer']}{spread}" if "ratio" in f else ""
-    verdict = lambda f: f"{f['goal'].replace('>=', 'at least').replace('<=', 'at most')}" + (
-        "" if f["met"] else ": missed") if "goal" in f else ""
-    return table(["command", "what", "ours", "against: median (rounds)", "goal"],
-                 [[f"`{command}`", name, f"{number(f['value'])} {f['unit']}", against(f), verdict(f)]
-                  for (_, name), (f, command) in found.items()])
+
+DYING = ("not balanced, no rest, sampled once", "not balanced",
+         "not balanced, hops that are ready", "balanced")
 
 
-def collapse_numbers(out, names=("not balanced, no rest, sampled once", "not balanced",
-                                 "not balanced, hops that are ready", "balanced"), at=(10, 30, 50, 100, 150)):
-    """What groups see of the base of pictures, early and late; means over seeds. The chance p that a prompt of its own
-    asks for it is at most its share of what is asked over its share of the prompts."""
+def collapse_numbers(out, names=DYING, at=(10, 30, 50, 100, 150)):
+    """What groups see of the base of pictures, early and late; means over seeds. The chance p that
+    a prompt of its own asks for it is at most its share of what is asked over its share of the
+    prompts."""
     rows = []
     for name in names:
-        seeds = [row["routes"] for row in results_of("collapse", out) if row["name"] == name]
-        for step in at if seeds else ():
-            bins = [b for bins in seeds for b in bins if b["step"] == step]
-            known = lambda key: [b[f"{key}:text image"] for b in bins if b.get(f"{key}:text image") is not None]
-            prompts, asked, mixed = (mean(known(key)) if known(key) else 0.0 for key in ("prompts", "asked", "mixed"))
+        bins = []
+        for row in results_of("collapse", out):
+            if row["name"] == name:
+                bins += row["routes"]
+        for step in at if bins else ():
+            there = [one for one in bins if one["step"] == step]
+
+            def share(key):
+                values = [one[key] for one in there if one.get(key) is not None]
+                return mean(values) if values else 0.0
+
+            prompts, asked = share("prompts:text image"), share("asked:text image")
             p = min(1.0, asked / prompts) if prompts else 0.0
-            others = " / ".join(f"{mean(b.get(f'asked:{other}') or 0 for b in bins):.0%}"
-                                for other in ("text", "table", "none"))
-            rows.append([name, step, f"{prompts:.1%}", f"{asked:.1%}", f"{p:.2f}", f"{mixed:.0%}", others])
-    return table(["", "update", "share of the routing prompts", "share of all that is asked for", "so p is at most",
-                  "of its groups mixed", "asked for instead: text / table / none"], rows)
+            others = []
+            for other in ("text", "table", "none"):
+                others.append(f"{mean(one.get(f'asked:{other}') or 0 for one in there):.0%}")
+            rows.append([name, step, f"{prompts:.1%}", f"{asked:.1%}", f"{p:.2f}",
+                         f"{share('mixed:text image'):.0%}", " / ".join(others)])
+    return table(["", "update", "share of the routing prompts", "share of all that is asked for",
+                  "so p is at most", "of its groups mixed",
+                  "asked for instead: text / table / none"], rows)
+
+
+def goal_table(whole):
+    rows = []
+    for goal in goals(whole):
+        holds = "yes" if goal["holds"] else "no"
+        rows.append([goal["goal"], goal["wanted"], f"{goal['got']:.3f}", holds])
+    return table(["wanted", "", "got", "holds"], rows)
 
 
 def sections(whole, out):
-    """Everything that the README shows of the results: {name of the place: text}."""
+    """Everything that docs/results.md shows of the results: {name of the place: text}."""
     parts = {}
-    if main_part := whole.get("main"):
-        order = [STEP, *(name for name in main_part if name != STEP)]
-        main_part = {name: main_part[name] for name in order if name in main_part}
-        parts["main"] = configurations(main_part)
-        parts["kinds"] = by_kind({**main_part, **whole.get("cost", {})})
-        parts["goals"] = table(["wanted", "", "got", "holds"], [
-            [g["goal"], g["wanted"], f"{g['got']:.3f}", "yes" if g["holds"] else "no"] for g in goals(whole)])
+    if whole.get("main"):
+        main = {name: whole["main"][name] for name in (STEP, *whole["main"])
+                if name in whole["main"]}
+        parts["main"] = configurations(main)
+        parts["kinds"] = by_kind({**main, **whole.get("cost", {})})
+        parts["goals"] = goal_table(whole)
     for part in ("collapse", "ablation"):
         if whole.get(part):
             parts[part] = configurations(whole[part])
@@ -566,87 +737,106 @@ def sections(whole, out):
     if whole.get("cost"):
         parts["cost"] = costs(whole["cost"])
         parts["pipelines"] = configurations(whole["cost"])
-    if bench := results_of("bench", out):
-        parts["speed"] = speeds(bench)
+    if results_of("bench", out):
+        parts["speed"] = speeds(results_of("bench", out))
     if whole.get("depth"):
         parts["depth"] = depths(whole["depth"])
     return parts
 
 
 def fill(text, parts):
-    """A page with its generated places written anew: what stands between <!-- NAME --> and <!-- end --> is replaced,
-    and so are the line counts of the file table. KeyError for a place that the page lacks."""
+    """A page with its generated places written anew: what stands between <!-- NAME --> and
+    <!-- end --> is replaced. KeyError for a place that the page lacks."""
+    end = "<!-- end -->"
     for name, content in parts.items():
-        begin, end = f"<!-- {name} -->", "<!-- end -->"
+        begin = f"<!-- {name} -->"
         if begin not in text:
-            raise KeyError(f"README.md has no place {begin}")
-        before, rest = text.split(begin, 1)
-        text = f"{before}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
-    count = lambda m: f"| `{m[1]}` | {len((HERE / m[1]).read_text().splitlines())} |"
-    return re.sub(r"^\| `(\w+\.py)` \| \d+ \|", count, text, flags=re.MULTILINE)
+            raise KeyError(f"docs/results.md has no place {begin}")
+        before, behind = text.split(begin, 1)
+        text = f"{before}{begin}\n{content}\n{end}{behind.split(end, 1)[1]}"
+    return text
 
 
 def figures(out):
     """Curves of the main comparison and of the route that dies, as PNG files."""
-    from lab import report                                   # here, since it takes matplotlib with it
-    for part, name, y in (("main", "main", ["validation.f1_recall", "validation.route_accuracy"]),
-                          ("collapse", "collapse", ["asked:text image", "mixed:text image"])):
-        runs = []
-        for row in results_of(part, out):
-            if row["kind"] != "grpo" and part == "collapse" or not row["curve"]:
-                continue
-            points = [{"step": p["step"], "seconds": p["seconds"], "sampled": p["tokens"],
-                       **{f"validation.{k}": v for k, v in p.items()}} for p in row["curve"]]
-            bins = [{**b, "sampled": 0} for b in row["routes"]]
-            label = row["name"]
-            runs.append(report.Run(f"{label}-{row['seed']}", label, {"seed": row["seed"]},
-                                   points if part == "main" else bins, []))
-        for x in ("seconds", "tokens") if part == "main" else ("steps",):
-            # sft samples nothing: over tokens it has no line
-            shown = [run if x != "tokens" or run.rows[-1]["sampled"] else replace(run, rows=[]) for run in runs]
-            if shown:
-                report.curves(shown, out / f"{name}-{x}.png", x=x, y=y, columns=2)
+    from lab import report                          # here, since it takes matplotlib with it
+    main, dying = [], []
+    for row in results_of("main", out):
+        points = []
+        for point in row["curve"]:
+            scores = {f"validation.{key}": value for key, value in point.items()}
+            points.append({"step": point["step"], "seconds": point["seconds"],
+                           "sampled": point["tokens"], **scores})
+        if points:
+            main.append(report.Run(f"{row['name']}-{row['seed']}", row["name"],
+                                   {"seed": row["seed"]}, points, []))
+    for row in results_of("collapse", out):
+        if row["kind"] == "grpo" and row["curve"]:
+            bins = [{**one, "sampled": 0} for one in row["routes"]]
+            dying.append(report.Run(f"{row['name']}-{row['seed']}", row["name"],
+                                    {"seed": row["seed"]}, bins, []))
+    # what samples nothing (sft) has no line over tokens
+    sampling = [run if run.rows[-1]["sampled"] else replace(run, rows=[]) for run in main]
+    scores = ["validation.f1_recall", "validation.route_accuracy"]
+    for name, runs, x, y in (("main-seconds", main, "seconds", scores),
+                             ("main-tokens", sampling, "tokens", scores),
+                             ("collapse-steps", dying, "steps",
+                              ["asked:text image", "mixed:text image"])):
+        if runs:
+            report.curves(runs, out / f"{name}.png", x=x, y=y, columns=2)
 
 
-def stop(number, frame):
-    """A signal ends the plan; `execute` passes it on to the runs, which save behind the update under way."""
-    raise KeyboardInterrupt(number)
+# ------------------------------------------------------------------------------------ command line
 
 
-def main():
-    p = argparse.ArgumentParser(description="Run the whole experiment, or go on with it.")
-    p.add_argument("--quick", action="store_true", help="the same plan at toy scale: it shows that everything runs")
-    p.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="only these parts")
-    p.add_argument("--jobs", type=int, default=2, help="jobs side by side (default 2)")
-    p.add_argument("--out", type=Path, default=Path("results"), help="folder of the results (default results)")
-    p.add_argument("--summary", action="store_true", help="run nothing: summary.json, figures and the README's tables "
-                   "from what is there")
-    a = p.parse_args()
-    scale, a.out = QUICK if a.quick else Scale(), a.out.resolve()
-    os.chdir(HERE)                                              # all other paths are the project's
-    a.out.mkdir(parents=True, exist_ok=True)
-    for number in (signal.SIGINT, signal.SIGTERM):              # also where a shell started this in its background
-        signal.signal(number, stop)
-    try:
-        if not a.summary:
-            write_worlds(scale)
-            jobs = [j for j in plan(scale) if j.part in a.parts]
-            execute([j for j in jobs if j.part != "cost"], scale, a.out, a.jobs)
-            execute([j for j in jobs if j.part == "cost"], scale, a.out, 1)              # what is timed runs alone
-    except KeyboardInterrupt as stopped:
-        print("experiment.py: stopped; the same command goes on", file=sys.stderr)
-        sys.exit(128 + stopped.args[0])
-    except (RuntimeError, ValueError, OSError) as e:
-        print(f"experiment.py: {e}", file=sys.stderr)
-        sys.exit(2)
-    whole = summary(a.out, scale)
-    (a.out / "summary.json").write_text(json.dumps({**whole, "goals": goals(whole)}, indent=1) + "\n")
-    figures(a.out)
-    if a.summary:
-        readme = HERE / "README.md"
-        readme.write_text(fill(readme.read_text(), sections(whole, a.out)))
-    print(json.dumps({"parts": {part: len(names) for part, names in whole.items()}, "goals": goals(whole)}))
+@dataclass(frozen=True)
+class ExperimentOptions:
+    """Run the whole experiment, or go on with it."""
+    quick: bool = option(False, "the same plan at toy scale: it shows that everything runs")
+    parts: tuple = option(PARTS, "only these parts", nargs="+")
+    jobs: int = option(2, "jobs side by side", least=1)
+    out: str = option("results", "folder of the results")
+    summary: bool = option(False, "run nothing: summary.json, figures and the tables of "
+                           "docs/results.md from what is there")
+
+    def __post_init__(self):
+        check_options(self)
+
+
+def execute_plan(o, scale, out):
+    """Writes the worlds, runs the jobs of the wanted parts; what is timed runs alone."""
+    write_worlds(scale)
+    jobs = [job for job in plan(scale) if job.part in o.parts]
+    execute([job for job in jobs if job.part != "cost"], scale, out, o.jobs)
+    execute([job for job in jobs if job.part == "cost"], scale, out, 1)
+
+
+def work(words):
+    p = OneLineParser(prog="lab.experiment", description=ExperimentOptions.__doc__)
+    add_flags(p, ExperimentOptions)
+    o = from_flags(ExperimentOptions, p.parse_args(words))
+    unknown = [part for part in o.parts if part not in PARTS]
+    if unknown:
+        raise ValueError(f"--parts {unknown[0]}: give some of {', '.join(PARTS)}")
+    scale, out = QUICK if o.quick else Scale(), Path(o.out).resolve()
+    os.chdir(HERE)                                  # all other paths are the project's
+    out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background ignores it
+    if not o.summary:
+        execute_plan(o, scale, out)
+    whole = summary(out, scale)
+    write_json(out / "summary.json", {**whole, "goals": goals(whole)}, indent=1)
+    figures(out)
+    if o.summary:
+        page = HERE / "docs" / "results.md"
+        write_text(page, fill(page.read_text(encoding="utf-8"), sections(whole, out)))
+    counts = {part: len(names) for part, names in whole.items()}
+    print(json.dumps({"parts": counts, "goals": goals(whole)}))
+
+
+def main(argv=None):
+    return run_command("lab.experiment", work, argv, "stopped; the same command goes on")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -42,7 +42,7 @@ def test_a_signal_ends_the_plan_and_the_runs_that_it_started(tmp_path, number, c
     time.sleep(1)                                               # two runs have begun
     plan.send_signal(number)
     _, said = plan.communicate(timeout=60)
-    assert plan.returncode == code and said == "experiment.py: stopped; the same command goes on\n"
+    assert plan.returncode == code and said.strip() == "lab.experiment: stopped; the same command goes on"
     with pytest.raises(ProcessLookupError):
         os.killpg(plan.pid, 0)                                  # nobody is left of its group
 
@@ -111,10 +111,10 @@ def test_curves_add_up_time_and_tokens_of_all_rounds(tmp_path, monkeypatch):
     assert [r["asked:text"] for r in experiment.routes(folder / "log.jsonl", 2)] == [0.15, 0.35]
 
 
-def test_the_readme_shows_what_the_stored_results_say():
+def test_the_page_of_results_shows_what_the_stored_results_say():
     whole, out = experiment.summary(ROOT / "results", Scale()), ROOT / "results"
-    readme = (ROOT / "README.md").read_text()
-    assert experiment.fill(readme, experiment.sections(whole, out)) == readme
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert experiment.fill(page, experiment.sections(whole, out)) == page
 
 
 def test_speeds_of_a_figure_measured_twice_and_of_one_without_a_peer():
