@@ -209,9 +209,9 @@ def test_names_of_functions_exist():
     for file in [*ROOT.glob("*.py"), *ROOT.glob("parts/*.py"), *ROOT.glob("lab/*.py")]:
         modules[file.stem] = ".".join(file.relative_to(ROOT).with_suffix("").parts)
     named = []
-    for span in spans(TODAY):
+    for span in spans("\n".join(PAGES.values())):
         match = re.match(r"(\w+)\.(\w+)(\(.*\))?$", span)
-        if match and match[1] in modules and match[2] not in ("py", "jsonl"):
+        if match and match[1] in modules and match[2] not in ("py", "json", "jsonl"):
             named.append((match[1], match[2]))
     assert len(named) >= 5
     for module, name in named:
@@ -237,6 +237,12 @@ def score_rows(text):
         cells = line.split()
         rows[cells[0]] = dict(zip(titles, cells))
     return rows
+
+
+def test_every_column_of_a_score_table_is_explained():
+    from parts.evaluate import heading
+    explained = ", ".join(row[0] for row in table_rows(PAGES["docs/metrics.md"])).split(", ")
+    assert set(heading()) - {"n"} <= set(explained)
 
 
 def near(said, found):
