@@ -230,9 +230,9 @@ class Question:
     """A question on its way: its method, what that waits for, and what it has cost so far."""
     place: int
     row: dict
-    method: object                        # the generator
-    request: Ask | Search | None = None   # None when it has finished
-    retried: int = 0                      # times that the request was asked again
+    method: object                        # its generator
+    request: Ask | Search | None = field(init=False)    # None when it has finished
+    retried: int = field(init=False)      # times that the request was asked again
     steps: list = field(default_factory=list)
     cost: Counter = field(default_factory=Counter)
 
@@ -266,7 +266,7 @@ class Router:
         self.options = RouterOptions(**options)
         self.prompts = PROMPTS | (self.options.prompts or {})
         self.prompts |= with_demonstrations(self.prompts, self.options.shown or demonstrations())
-        self.method, self.setting, needed = METHODS[self.options.method]
+        _, _, needed = METHODS[self.options.method]
         for base in needed:
             if base not in bases:
                 raise ValueError(f"method {self.options.method} needs the knowledge base {base!r}: "
@@ -321,7 +321,8 @@ class Router:
                              "{'question': ...}")
         if not isinstance(row.get("question"), str) or not row["question"].strip():
             raise ValueError(f"question {place + 1} is empty: give it some words")
-        q = Question(place, row, self.method(self.setting, row, self.options))
+        method, argument, _ = METHODS[self.options.method]
+        q = Question(place, row, method(argument, row, self.options))
         q.send(None)
         return q
 
@@ -408,8 +409,8 @@ class Router:
         for count in sorted({len(places) for places in places_of.values()}):
             same = [places for places in places_of.values() if len(places) == count]
             prompts = [conversations[places[0]] for places in same]
-            # for each prompt the numbers of all its places, one behind the other
-            numbers = torch.stack([noise[places].flatten(0, 1) for places in same])     # (., ., L)
+            # of each prompt the numbers of all its places, one behind the other
+            numbers = torch.stack([noise[places].flatten(0, 1) for places in same])
             for places, (ids, candidates) in zip(same, self._generate(prompts, numbers)):
                 for i, place in enumerate(places):
                     outputs[place] = ids, candidates[i * n:(i + 1) * n]
@@ -421,13 +422,16 @@ class Router:
         o, n = self.options, noise.shape[1]
         prompts = [self.processor.prompt(one) for one in conversations]
         outputs = [(tuple(ids), ()) for ids, _, _ in prompts]
-        size = [len(ids) + n * o.max_new_tokens for ids, _, _ in prompts]
         fitting = [i for i, (ids, _) in enumerate(outputs) if len(ids) <= self.room]
-        for part in in_budget(fitting, size.__getitem__, o.call_tokens):
+
+        def size(i):                                            # of a prompt and all its outputs
+            return len(prompts[i][0]) + n * o.max_new_tokens
+
+        for part in in_budget(fitting, size, o.call_tokens):
             batch = self.processor.batch([prompts[i] for i in part])
             inputs = {}
             for name, tensor in batch.items():
-                if tensor is not None:                          # no pictures in this batch
+                if tensor is not None:                          # None: no picture in this batch
                     inputs[name] = tensor.to(noise.device)
             samples = self.vlm.generate(
                 **inputs, n=n, max_new_tokens=o.max_new_tokens, temperature=o.temperature,

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -33,22 +33,19 @@ class Column(NamedTuple):
     sentence: str       # what it says
 
 
-COLUMNS = (
-    Column("F1-Recall", "f1_recall", ".3f",
-           "share of the gold answer's words that the answer has, by the published metric"),
+COLUMNS = (     # costs are those of a question
+    Column("F1-Recall", "f1_recall", ".3f", "share of the gold answer's words that an answer has"),
     Column("exact", "em", ".3f", "share of answers that are a gold answer and nothing else"),
-    Column("F1", "f1", ".3f", "harmonic mean of the answer's precision and recall in words"),
-    Column("routing", "route_accuracy", ".3f",
-           "share of routing steps that chose the gold base, over the longer of the two chains"),
-    Column("retrievals", "retrievals", ".2f", "searches of a knowledge base, per question"),
-    Column("gold", "gold_retrievals", ".2f", "searches that the gold hops need, per question"),
-    Column("malformed", "malformed", ".3f", "outputs that are no step, per question"),
-    Column("calls", "model_calls", ".2f", "steps asked of the model, per question"),
-    Column("read", "tokens_read", ".0f", "tokens of the prompts, per question"),
-    Column("written", "tokens_written", ".0f", "tokens that the model wrote, per question"),
-    Column("model s", "seconds_model", ".3f", "seconds of the model, per question"),
-    Column("search s", "seconds_search", ".4f", "seconds of the searches, per question"))
-
+    Column("F1", "f1", ".3f", "harmonic mean of an answer's precision and recall in words"),
+    Column("routing", "route_accuracy", ".3f", "share of routing steps that chose the gold base"),
+    Column("retrievals", "retrievals", ".2f", "searches of a knowledge base"),
+    Column("gold", "gold_retrievals", ".2f", "searches that the gold hops need"),
+    Column("malformed", "malformed", ".3f", "outputs that are no step"),
+    Column("calls", "model_calls", ".2f", "steps that the model was asked for"),
+    Column("read", "tokens_read", ".0f", "tokens of the prompts"),
+    Column("written", "tokens_written", ".0f", "tokens that the model wrote"),
+    Column("model s", "seconds_model", ".3f", "seconds of the model"),
+    Column("search s", "seconds_search", ".4f", "seconds of the searches"))
 MEASURES = ("f1_recall", "em", "f1", "route_accuracy", "malformed", "retrievals",
             "gold_retrievals", "model_calls", "tokens", "tokens_read", "tokens_written", "seconds",
             "seconds_model", "seconds_search", "too_long")
@@ -285,8 +282,15 @@ def questions_of(methods, flags, world):
     the rows that are left out: [(questions, faults)]."""
     if not flags.eval and world is None:
         raise ValueError("nothing to evaluate: give --eval FILE beside --kb")
-    files = flags.eval or [world / "questions.jsonl"]
-    questions, faults = read_questions(files, flags.images, flags.limit)
+    questions, faults, file_of = [], [], {}
+    for file in flags.eval or [world / "questions.jsonl"]:
+        rows, bad = load_questions(file, flags.images, flags.limit)
+        first = file_of.setdefault(rows[0]["set"], file)
+        if first != file:
+            raise ValueError(f"--eval: {first} and {file} have one name, but it tells sets apart: "
+                             "rename one")
+        questions += rows
+        faults += bad
     with_hops, without = [], []
     for row in questions:
         if row.get("hops") is not None:
@@ -298,20 +302,6 @@ def questions_of(methods, flags, world):
                          "--method")
     oracle, others = (with_hops, faults + without), (questions, faults)
     return [oracle if method == "oracle" else others for method in methods]
-
-
-def read_questions(files, images=None, limit=None):
-    """The questions of several files, and the faults of the rows that are left out."""
-    questions, faults, file_of = [], [], {}
-    for file in files:
-        rows, bad = load_questions(file, images, limit)
-        first = file_of.setdefault(rows[0]["set"], file)
-        if first != file:
-            raise ValueError(f"--eval: {first} and {file} have one name, but it tells sets apart: "
-                             "rename one")
-        questions += rows
-        faults += bad
-    return questions, faults
 
 
 def evaluate_routers(routers, questions, flags):
@@ -339,38 +329,31 @@ def answer_many(router, questions, out=None, mark=None, show=0, quiet=False):
     (`mark`, see settings_mark) left there are taken over. The first `show` questions of different
     kinds are answered before the others, and unless `quiet` their steps are printed.
     """
-    if out is None:
-        return answer_into(None, router, questions, {}, mark, show, quiet)
-    with appending(out) as file:
-        rows = {}
-        for row in earlier_rows(out, mark):
-            if row["method"] == router.options.method:
-                rows[row_key(row)] = row
-        refuse_others(out, rows, questions)
-        return answer_into(file, router, questions, rows, mark, show, quiet)
-
-
-def answer_into(file, router, questions, rows, mark, show, quiet):
-    """What answer_many does, with the rows {row_key: row} that are there already."""
-    progress = Progress(len(questions), f"questions ({router.options.method})")
+    method, rows = router.options.method, {}                    # row_key -> row
+    progress = Progress(len(questions), f"questions ({method})")
 
     def add_row(trajectory):
         row = {**result_row(trajectory), "run": mark}
         rows[row_key(row)] = row
-        if file:
+        if out:
             print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
         progress.add()
 
     def still_open(some):
         return [question for question in some if row_key(question) not in rows]
 
-    progress.add(len(questions) - len(still_open(questions)), earlier=True)
-    first = different_kinds(questions, show)
-    router.run(still_open(first), add_row)
-    if not quiet:
-        for question in first:
-            print_trace(rows[row_key(question)])
-    router.run(still_open(questions), add_row)
+    with appending(out) if out else nullcontext() as file:
+        for row in earlier_rows(out, mark) if out else ():
+            if row["method"] == method:
+                rows[row_key(row)] = row
+        refuse_others(out, rows, questions)
+        progress.add(len(questions) - len(still_open(questions)), earlier=True)
+        first = different_kinds(questions, show)
+        router.run(still_open(first), add_row)
+        if not quiet:
+            for question in first:
+                print_trace(rows[row_key(question)])
+        router.run(still_open(questions), add_row)
     return [rows[row_key(question)] for question in questions]
 
 

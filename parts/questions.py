@@ -158,7 +158,8 @@ def picture_of(row, folder, images):
         raise ValueError(f"picture {str(path)[-80:]} leads out of {home}: name the folder of the "
                          "pictures with --images DIR")
     picture = load_picture(path)
-    smart_resize(picture.height, picture.width, 1, 1, picture.height * picture.width)
+    area = picture.height * picture.width
+    smart_resize(picture.height, picture.width, 1, 1, area)     # refuses a shape too long
     return str(path)
 
 

@@ -2,6 +2,7 @@
 the real model against itself, one question at a time."""
 import random
 import time
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -500,6 +501,21 @@ def test_what_is_no_question_is_named(bases, rows, message):
 def test_what_is_no_option_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         RouterOptions(**options)
+
+
+def test_requests_and_options_do_not_change():
+    ask, search = infer.Ask("route", "p", "route", "q"), Search("q", ("text",), 2)
+    for value, name in ((ask, "query"), (search, "query"), (RouterOptions(), "k")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(value, name, "other")
+    assert ask.evidence == {}
+
+
+def test_defaults():
+    assert vars(RouterOptions()) == {
+        "method": "router", "k": 2, "static_k": None, "max_steps": 4, "max_new_tokens": 96,
+        "temperature": 0.0, "top_k": 0, "top_p": 1.0, "samples": 1, "follow": None, "retries": 0,
+        "batch_size": 64, "call_tokens": 65536, "prompts": None, "shown": None, "seed": 0}
 
 
 def test_options_at_their_limits():

@@ -1,4 +1,8 @@
 """A trajectory as a row of a result file, by hand."""
+from dataclasses import FrozenInstanceError
+
+import pytest
+
 from parts.steps import AnswerStep, RouteStep, StepError
 from parts.trajectory import COSTS, Candidate, Step, Trajectory, result_row
 from retrieve import Hit
@@ -56,3 +60,10 @@ def test_a_step_that_was_not_asked():
     route, answer = RouteStep("t", "q", "None"), AnswerStep("t", "a")
     assert (step("route", route).route, step("route", route).answer) == ("None", "")
     assert (step("final", answer).route, step("final", answer).answer) == (None, "a")
+
+
+def test_what_happened_does_not_change():
+    one = step("final", AnswerStep("t", "a"))
+    for value, name in ((one.candidates[0], "text"), (one, "kind"), (trajectory(one), "answer")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(value, name, "other")

@@ -31,7 +31,8 @@ from model import VLM, read_config
 from parts.chat import Processor
 from parts.corpora import read_docs, read_mbeir, read_tables, read_wiki
 from parts.evaluate import score_row
-from parts.questions import COSTS, HERE, load_questions
+from parts.questions import HERE, load_questions
+from parts.trajectory import COSTS
 from parts.score import answer_scores, exact_match
 from parts.stepfiles import load_prompts, load_steps, read_steps
 from parts.steps import AnswerStep, RouteStep, StepError, parse_step
