@@ -56,7 +56,7 @@ class KVCache:
 
     def __init__(self, valid, fused=None):
         """valid (N, P) bool: False where a prompt is padded. fused: see Decoder.fused_weights."""
-        self.valid = valid
+        self.valid = valid                          # after `share` (N, n, slots)
         self.fused = fused or {}
         self.reading_prompt = True
         self.prompts = []                           # for each layer keys, values (N, KV, P, D)
@@ -73,8 +73,8 @@ class KVCache:
         self.reading_prompt = False
         self.static = static
         self.own = k.new_zeros(len(self.prompts), 2, N, KV, n, room, D)     # 2: keys and values
-        valid = self.valid[:, None].expand(N, n, P)
-        self.valid = F.pad(valid, (0, room), value=True)                    # (N, n, P + room)
+        prompt_valid = self.valid[:, None].expand(N, n, P)
+        self.valid = F.pad(prompt_valid, (0, room), value=True)             # (N, n, P + room)
         self.filled = P                                 # how many slots hold a token: here, and
         self.end = torch.tensor(P, device=k.device)     # on the device
 
@@ -101,9 +101,9 @@ class KVCache:
         seen = slots if self.static else self.filled
         slot = torch.arange(seen, device=device)                    # (seen,)
         new = self.new[:, None]                                     # (T, 1)
-        valid = self.valid[:, :, None, :seen]                       # (N, n, 1, seen)
-        sees = valid & (slot <= new)                                # (N, n, T, seen)
-        sees = sees | (slot == new)                 # padding sees itself: no softmax over nothing
+        usable = self.valid[:, :, None, :seen]                      # (N, n, 1, seen)
+        usable = usable | (slot == new)             # padding sees itself: no softmax over nothing
+        sees = usable & (slot <= new)                               # (N, n, T, seen)
         bias = torch.zeros_like(sees, dtype=self.own.dtype)
         bias.masked_fill_(~sees, -torch.inf)
         self.bias = bias[:, None, :, None]                          # (N, 1, n, 1, T, seen)
@@ -268,9 +268,9 @@ def real_tokens(input_ids, attention_mask):
 def causal_mask(valid):
     """valid (B, T) bool -> (B, 1, T, T) bool: a token sees the valid ones up to its own place."""
     slot = torch.arange(valid.shape[1], device=valid.device)
-    causal = slot <= slot[:, None]                              # (T, T)
-    itself = slot == slot[:, None]              # padding sees itself: no softmax over nothing
-    return causal & valid[:, None, None, :] | itself
+    itself = slot == slot[:, None]                              # (T, T)
+    usable = valid[:, None, None, :] | itself   # padding sees itself: no softmax over nothing
+    return usable & (slot <= slot[:, None])
 
 
 # ----------------------------------------------------------------------------------------- sampling
