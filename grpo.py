@@ -9,18 +9,16 @@ Legend of shapes
     a group: the G outputs that were sampled from one step prompt
 
 Sources: R1-Router (arXiv 2505.22095, section 3.3), GRPO (DeepSeekMath, 2402.03300), the k3
-estimator (Schulman, "Approximating KL divergence", 2020), advantages that are not divided by the
-deviation (Dr. GRPO, 2503.20783), a clip that is not symmetric (DAPO, 2503.14476).
+estimator (Schulman, "Approximating KL divergence", 2020), advantages without division (Dr. GRPO,
+2503.20783), asymmetric clip (DAPO, 2503.14476).
 
 Two rules of reward
-    published   the released code's: it looks for the tags anywhere, whatever stands around them.
-                RewardOptions() is this rule, so that published rewards can be repeated.
-    strict      parse_step must accept the whole output: text outside the tags earns nothing, nor do
-                tags out of order. Training uses this rule unless --form published is given.
+    published   RewardOptions(): looks for the tags anywhere, as the released code does
+    strict      the default of training (--form): parse_step must accept the whole output, so text
+                outside the tags, or tags out of order, earn nothing
 
 Deviations from the paper and from the released code, with the reason
-    * The KL term enters the loss where its coefficient is above 0. The released code computes it
-      and leaves it out.
+    * The KL term enters the loss where its coefficient is above 0; the released code leaves it out.
     * The parts of a reward are kept apart, so that a log shows which of them moves: similarity
       alone pays a wrong base, recall pays guessing.
     * A routing step that says none in one place means none in both, under either rule. The released
@@ -132,13 +130,16 @@ def step_reward(output, step, similarity, options=RewardOptions()):
         earned = answer_reward(answer, step["answer"], options.answer)              # Eq. 2
         return Reward(total=earned, form=1.0, answer=earned)
 
-    asked = read_route(output, options.form)
-    if asked is None:
+    routing = read_route(output, options.form)
+    if routing is None:
         return Reward(total=0.0, form=0.0, similarity=0.0, route=0.0)
-    query, base = asked
+    query, base = routing
     gold_query, gold_base = gold_route(step["answer"])
     route = float(base == gold_base)
-    sim = route if "none" in (base, gold_base) else float(similarity(query, gold_query))
+    if "none" in (base, gold_base):
+        sim = route                                         # 1 where both are none
+    else:
+        sim = float(similarity(query, gold_query))
     price = 0.0 if base == "none" else options.price
     total = options.similarity_weight * sim + options.route_weight * route - price  # Eq. 1
     return Reward(max(0.0, total), form=1.0, similarity=sim, route=route, price=price)
@@ -152,14 +153,18 @@ def similarity_table(outputs, steps, encode, form="published"):
     """
     queries = set()
     for output, step in zip(outputs, steps):
-        asked = read_route(output, form) if step["step_type"] == "ret" else None
-        if asked:
-            query, _ = asked
+        if step["step_type"] != "ret":
+            continue
+        routing = read_route(output, form)
+        if routing is not None:
+            query, _ = routing
             gold_query, _ = gold_route(step["answer"])
             queries |= {query, gold_query}
-    texts = sorted(queries)
-    vectors = torch.as_tensor(encode(texts)) if texts else ()                       # (texts, dim)
-    vector_of = dict(zip(texts, vectors))
+    vector_of = {}
+    if queries:
+        texts = sorted(queries)
+        vectors = torch.as_tensor(encode(texts))                                    # (texts, dim)
+        vector_of = dict(zip(texts, vectors))
 
     def similarity(query, gold_query):
         """The cosine, at least 0. Rounded: texts of the same words in another order would differ
