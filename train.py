@@ -194,7 +194,8 @@ class GrpoOptions(TrainOptions):
     updates: int = option(1, "passes over a batch of samples; above 1 the clip matters", least=1)
     tokens: int = option(2048, "token budget of a micro-batch of the update: prompts and outputs",
                          least=1)
-    lora_rank: int = option(0, "train an adapter of this rank instead of all weights; 0 trains all")
+    lora_rank: int = option(0, "train an adapter of this rank instead of all weights; 0 trains all",
+                            most=4096)
     lora_alpha: float = option(32.0, "the adapter is scaled by alpha / rank")
     drop: tuple = option((), "offline: rows to leave out", nargs="*",
                          choices=("no_picture", "repeats", "no_information"))

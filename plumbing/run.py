@@ -79,7 +79,8 @@ def open_run(options, model, *, save, load, validate, best_by):
     best checkpoint.
     """
     run = Run(options, model, save, load, validate, best_by)
-    with lock(run.path, wait=False) if not rank() else nullcontext():
+    one_writer = nullcontext() if rank() else lock(run.path, wait=False)
+    with one_writer, making_room(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
         stored = run.load()                     # weights and counters; what `restore` needs
         run.model = sharded(model)
@@ -90,8 +91,7 @@ def open_run(options, model, *, save, load, validate, best_by):
             write_json(run.path / "options.json", asdict(options))
         run.start_clock()
         run.stop_on_signals()
-        with making_room(run.path):
-            yield run
+        yield run
 
 
 class Run:
