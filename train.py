@@ -98,14 +98,14 @@ class SftOptions(TrainOptions):
 def sft(o):
     """Supervised training: cross-entropy of the response tokens, nothing else."""
     join_ranks(o.device)
-    model, processor, random_weights = open_model(o)
+    model, processor, random_weights = load_model(o)
     if o.previous_token_head and random_weights:
         start_previous_token_head(model)
     sources = read_sources(o.data)
     _, trajectories, _ = sources[0]
     longest = model.config.max_position_embeddings
     mixture = Mixture(sources, partial(count_tokens, processor), o.tokens, o.seed)
-    with open_training(o, model, processor, system_prompts(trajectories)) as run:
+    with training_run(o, model, processor, system_prompts(trajectories)) as run:
         pool, place = run.state.setdefault("place", [0, 0])     # in the mixture
         batches = mixture.batches(pool)
         for number in run.updates():
@@ -204,19 +204,19 @@ class GrpoOptions(TrainOptions):
 def grpo(o):
     """Step-GRPO on one screen: sample, reward, advantage, loss, update, log, save."""
     join_ranks(o.device)
-    model, processor, _ = open_model(o)
+    model, processor, _ = load_model(o)
     if o.lora_rank:
         add_lora(model, o.lora_rank, o.lora_alpha)
     rows, bases = practice(o) if o.mode != "offline" else offline(o)
     prompts = prompts_in(o.model)
     router = router_of(o, model, processor, bases, prompts, temperature=o.temperature)
     reference = reference_of(o, model)
-    with open_training(o, model, processor, prompts) as run:
+    with training_run(o, model, processor, prompts) as run:
         source = SOURCES[o.mode](o, run, router, rows)
         for number in run.updates():
             began = run.now()
             with run.whole():
-                groups, counts = sample(o, source, number)      # sample, reward, advantage
+                groups, counts = sample_groups(o, source, number)   # sample, reward, advantage
             sampled = run.now()
             useful = [group for group in groups if group.teaches]
             passes = []
@@ -242,7 +242,7 @@ def grpo(o):
             # run.updates validates and saves
 
 
-def sample(o, source, number):
+def sample_groups(o, source, number):
     """Groups for an update, with their advantages, and what was counted.
 
     Sampling goes on until `fill` groups teach something, at most `tries` times (dynamic sampling,
@@ -303,7 +303,7 @@ class Offline:
         steps = balanced(o, self.steps, self.key, self.interest, rng)
         conversations = [step.conversation() for step in steps]
         outputs = self.router.sample(conversations, self.run.generator, o.group)
-        groups, seconds = judged(o, self.run, steps, outputs, self.encoder)
+        groups, seconds = timed_groups(o, self.run, steps, outputs, self.encoder)
         for step, group in zip(steps, groups):
             if group is not None:
                 self.interest.learn(self.key(step), group.solved)
@@ -311,7 +311,7 @@ class Offline:
         return groups, {"too_long": len(steps) - len(groups), "reward_s": seconds}
 
 
-def judged(o, run, prompts, outputs, encoder):
+def timed_groups(o, run, prompts, outputs, encoder):
     """Sampled outputs -> their groups, and the seconds that judging took."""
     start = run.now()
     groups = groups_of(prompts, outputs, partial(rewards_of, o, encoder))
@@ -409,7 +409,7 @@ class Online:
         outputs = self.router.sample(conversations, self.run.generator, n)
         groups = [None] * len(questions)
         if n > 1:
-            groups, seconds = judged(self.o, self.run, questions, outputs, self.encoder)
+            groups, seconds = timed_groups(self.o, self.run, questions, outputs, self.encoder)
             self.reward_s += seconds
         steps = []
         for live, (prompt_ids, candidates), group in zip(questions, outputs, groups):
@@ -568,7 +568,7 @@ def router_of(o, model, processor, bases, prompts, **more):
     return RankRouter(model, processor, bases, prompts=prompts, **more)
 
 
-def open_model(o):
+def load_model(o):
     """The model, its processor, and whether its weights are random: where the directory holds a
     config alone."""
     path, dtype = Path(o.model), getattr(torch, o.dtype)
@@ -603,7 +603,7 @@ def offline(o):
     return offline_rows(o.data, o.drop), {base: None for base in BASES}
 
 
-def open_training(o, model, processor, prompts):
+def training_run(o, model, processor, prompts):
     """The folder of a run of this model, new or continued, as a context."""
     def validate(model, number):
         with first_rank_first():
@@ -633,7 +633,7 @@ class ShowOptions(GrpoOptions):
 def show(o):
     """Prints a trajectory with the whole group of every step: the arithmetic of Eq. 1 to 3 on real
     outputs. Nothing is trained."""
-    model, processor, _ = open_model(o)
+    model, processor, _ = load_model(o)
     rows, bases = practice(o)
     if o.question >= len(rows):
         raise ValueError(f"--question {o.question}: the world has questions 0 to {len(rows) - 1}")

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from plumbing.files import (lock, point, read_json, remove, replacing, settle, time_left,
                             whole_lines, write_json)
-from plumbing.options import check_options, flag_of, option
+from plumbing.options import check_options, fill, flag_of, option
 from plumbing.ranks import empty, full, gather, rank, sharded, share_of, tell
 
 
@@ -61,6 +61,15 @@ class RunOptions:
 
     def __post_init__(self):
         check_options(self)
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What every trainer.json holds; the caller may add to it."""
+    step: int = option(0)           # updates that are done
+    seconds: float = option(0.0)
+    tokens: int = option(0)
+    best: dict = option(None)       # {"step", score} of the best validation
 
 
 MAY_CHANGE = ("out", "steps", "minutes", "save_every", "log_every", "threads")  # when a run goes on
@@ -104,7 +113,7 @@ class Run:
         self.plain = model
         self.save_model, self.load_model = save, load
         self.scores_of, self.best_by = validate, best_by
-        self.state = {"step": 0, "seconds": 0.0, "tokens": 0, "best": None}     # of trainer.json
+        self.state = asdict(Counters())         # becomes trainer.json
         self.generator = torch.Generator(options.device).manual_seed(options.seed)
         self.signal = None                      # the number of one that came
         self.recent = []                        # rows of the log since the last line on the screen
@@ -299,7 +308,7 @@ class Run:
         self.check_same()
         with reading_checkpoint(last):
             self.state |= read_json(last / "trainer.json")
-            check_counters(self.state)
+            self.state |= asdict(fill(Counters, self.state, last / "trainer.json"))
             stored = load_file(last / "trainer.safetensors", device="cpu")
             self.load_model(last, self.plain)
         for name in LOGS:
@@ -366,15 +375,6 @@ def reading_checkpoint(path):
         raise ValueError(f"{path}: no whole checkpoint of this run ({type(error).__name__}: "
                          f"{reason}): let the link name another one, or name another --out"
                          ) from None
-
-
-def check_counters(state):
-    """TypeError where the counters of a checkpoint are none."""
-    for name, kinds in (("step", int), ("tokens", int), ("seconds", (int, float))):
-        if not isinstance(state[name], kinds) or not 0 <= state[name] < math.inf:
-            raise TypeError(f"{name} is {state[name]!r}")
-    if not isinstance(state["best"], (dict, type(None))):
-        raise TypeError(f"best is {state['best']!r}")
 
 
 def cut_log(log, step):

@@ -30,7 +30,7 @@ class Prompt:
         return self.name == other.name
 
 
-# ----------------------------------------------------------------------------------------- judging
+# ------------------------------------------------------------------------------------------ judging
 
 def test_an_output_is_judged_by_the_nearest_gold_and_then_the_larger_total():
     rewards = {"a": Reward(0.9, 1.0, 0.3, 1.0), "b": Reward(0.3, 1.0, 0.6, 0.0),
@@ -173,7 +173,7 @@ def test_interest_is_a_moving_average():
     assert interest.weight("key") == pytest.approx(1 - 0.5 * 0.171) and interest.weight("new") == 1
 
 
-# ------------------------------------------------------------------------------- what a log says
+# ---------------------------------------------------------------------------------- what a log says
 
 def test_what_a_log_says_of_routes_by_hand():
     """Two prompts want the text base, one the table: text is asked for 3 times of 6, rightly 3 of

@@ -15,7 +15,10 @@ class Words:
     words = "capital of Bakdol seat which currency area rut mes bakdol".split()
 
     def encode_queries(self, texts):
-        rows = torch.tensor([[float(word in text.split()) for word in self.words] for text in texts])
+        rows = []
+        for text in texts:
+            rows.append([float(word in text.split()) for word in self.words])
+        rows = torch.tensor(rows)                                                   # (texts, dim)
         return (rows / rows.norm(dim=1, keepdim=True)).numpy()
 
 
@@ -136,7 +139,8 @@ def test_an_invented_name_is_paid_unless_only_ready_hops_count(only_ready):
 
 
 def test_what_would_be_right_of_answers():
-    """An intermediate one is right by the hop that was asked for; without one it cannot be judged."""
+    """An intermediate one is right by the hop that was asked for; without one none can be judged.
+    """
     live = live_question([hop("capital of Bakdol", "Rut")], kind="answer")
     assert live.golds() == [] and live.label() == "answer"
     live.hop = live.open_hops[0]

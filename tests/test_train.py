@@ -46,7 +46,7 @@ def examples_of(world, trajectories=None):
     return examples
 
 
-# ------------------------------------------------------------------------------------- supervised
+# --------------------------------------------------------------------------------------- supervised
 
 def test_the_mask_covers_the_target_and_its_end_and_nothing_else(world, processor):
     examples = examples_of(world, 6)
@@ -201,7 +201,8 @@ def test_sampler_and_update_see_the_same_tokens(model, processor, groups):
 
 
 @pytest.mark.parametrize("budget", [1, 300, 10 ** 9])
-def test_outputs_do_not_depend_on_the_token_budget_of_a_model_call(model, processor, groups, budget):
+def test_outputs_do_not_depend_on_the_token_budget_of_a_model_call(
+        model, processor, groups, budget):
     shapes = []
 
     class Counting:
@@ -325,7 +326,7 @@ def test_lora_trains_the_adapter_alone_and_its_base_is_the_reference(world, shel
     assert len(kl) >= 2 and abs(kl[0]) < 1e-7 < 100 * kl[-1], kl
 
 
-# ------------------------------------------------------------------------------ where groups come from
+# --------------------------------------------------------------------------- where groups come from
 
 def test_sampling_goes_on_until_enough_groups_are_mixed():
     """A source with one mixed group of two each time: three are there after three times."""
@@ -336,7 +337,8 @@ def test_sampling_goes_on_until_enough_groups_are_mixed():
             return made, {"too_long": 1, "retrievals": 3.0, "reward_s": 0.5}
 
     for fill, tries, times in ((3, 4, 3), (3, 2, 2), (1, 4, 1), (9, 1, 1)):
-        groups, counts = train.sample(train.GrpoOptions(fill=fill, tries=tries), Source(), 0)
+        o = train.GrpoOptions(fill=fill, tries=tries)
+        groups, counts = train.sample_groups(o, Source(), 0)
         assert len(groups) == 2 * times and sum(group.teaches for group in groups) == times
         assert counts == {"too_long": times, "retrievals": 3.0, "reward_s": times / 2}
     # (1 - 1/2) / sqrt(1/2)
@@ -346,7 +348,7 @@ def test_sampling_goes_on_until_enough_groups_are_mixed():
 def test_a_source_without_prompts_that_fit_is_named():
     source = SimpleNamespace(groups=lambda rng: ([], {"too_long": 7}))
     with pytest.raises(ValueError, match="step 3: no prompt was left to sample, 7 were too long"):
-        train.sample(train.GrpoOptions(), source, 2)
+        train.sample_groups(train.GrpoOptions(), source, 2)
 
 
 def finished(row, answer, malformed, *prompts):
@@ -438,7 +440,7 @@ def test_a_shown_question_has_the_advantages_of_its_rewards(world):
     assert mixed and "  evidence " in done.stdout
 
 
-# ------------------------------------------------------------------------------------ the command line
+# --------------------------------------------------------------------------------- the command line
 
 @pytest.mark.parametrize("words, message", [
     (("sft", "--model", "nowhere", "--data", "x"), "nowhere"),
