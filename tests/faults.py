@@ -22,7 +22,7 @@ from lab import report, world as world_script
 # name -> module, and what its messages begin with
 SCRIPTS = {"infer": (infer, "infer.py"), "train": (train, "train.py"),
            "retrieve": (retrieve, "retrieve.py"), "world": (world_script, "lab.world"),
-           "report": (report, "report.py")}
+           "report": (report, "lab.report")}
 SMALL_WORLD = ["world", "--countries", 12, "--questions", 13]
 
 

@@ -1,5 +1,5 @@
-"""The embedded world: published formats, disjoint names, facts that the corpora really hold, and pictures that show
-what they should."""
+"""The embedded world: published formats, disjoint names, facts that the corpora really hold, and
+pictures that show what they should."""
 import hashlib
 import json
 import random
@@ -10,25 +10,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import conftest
-from conftest import ROOT
+from conftest import ROOT, made, run
 from lab import world
 from parts.chat import Processor
 from parts.steps import PREFIX, answer_problem, final_problem, route_problem
 
-
-def run(*words):
-    return conftest.run("lab.world", *words)
+BASE_OF = {"text retriever": "text", "text image retriever": "image", "table retriever": "table"}
+BASE_OF_PREFIX = {prefix: base for base, prefix in PREFIX.items()}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A small training world with practice files, and its model shell."""
+def folder(tmp_path_factory):
+    """A training world with practice files; its model shell lies in `shell` beside it."""
     out = tmp_path_factory.mktemp("world")
-    done = run("--split", "train", "--seed", 5, "--countries", 60, "--questions", 130, "--practice", 20,
-               "--out", out / "w", "--shell", out / "shell")
-    assert done.returncode == 0, done.stderr
-    return out
+    made("lab.world", "--split", "train", "--seed", 5, "--countries", 60, "--questions", 130,
+         "--practice", 20, "--out", out / "w", "--shell", out / "shell")
+    return out / "w"
 
 
 def rows(path):
@@ -36,74 +33,124 @@ def rows(path):
 
 
 def names_in(text):
-    return {n for n in re.findall(r"[A-Z][a-z]{5}", text) if n[:3] in world.FIRST and n[3:] in world.SECOND}
+    names = re.findall(r"[A-Z][a-z]{5}", text)
+    return {name for name in names if name[:3] in world.FIRST and name[3:] in world.SECOND}
 
+
+def without_names(text):
+    return re.sub(r"[A-Z][a-z]{5}\b", "X", text)
+
+
+def texts_of(folder):
+    """{base: the texts of its documents}."""
+    texts = {}
+    for base in BASE_OF.values():
+        texts[base] = [doc["text"] for doc in rows(folder / f"{base}.jsonl")]
+    return texts
+
+
+# --------------------------------------------------------------------------- names and seeds
 
 def test_splits_share_no_name_whatever_the_seed():
-    spaces = {split: set(world.name_space(split)) for split in world.SHARES}
-    assert all(len(s) > 6 * 300 for s in spaces.values()) and len(spaces["train"]) > 6 * 1200
-    assert not spaces["train"] & spaces["val"]
-    assert not spaces["train"] & spaces["test"] and not spaces["val"] & spaces["test"]
+    names = {split: set(world.name_space(split)) for split in world.SHARES}
+    assert all(len(space) > 6 * 300 for space in names.values())
+    assert len(names["train"]) > 6 * 1200
+    assert not names["train"] & names["val"]
+    assert not names["train"] & names["test"] and not names["val"] & names["test"]
     w = world.World("test", 3, 40)
-    assert names_in(json.dumps(w.corpora)) <= spaces["test"]
+    assert names_in(json.dumps(w.corpora)) <= names["test"]
 
 
 def test_same_seed_same_world_other_seed_other_world(tmp_path):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert run("--seed", seed, "--countries", 20, "--questions", 26, "--out", tmp_path / name).returncode == 0
-    files = ["text.jsonl", "image.jsonl", "table.jsonl", "questions.jsonl", "steps.jsonl"]
-    same = [(tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files]
-    other = [(tmp_path / "a" / f).read_bytes() == (tmp_path / "c" / f).read_bytes() for f in files]
-    assert all(same) and not any(other[:1] + other[2:])
-    photo = next((tmp_path / "a" / "photos").iterdir()).name
-    assert (tmp_path / "a" / "photos" / photo).read_bytes() == (tmp_path / "b" / "photos" / photo).read_bytes()
+    a, b, c = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    for out, seed in ((a, 1), (b, 1), (c, 2)):
+        made("lab.world", "--seed", seed, "--countries", 20, "--questions", 26, "--out", out)
+    for name in ("text", "image", "table", "questions", "steps"):
+        data = (a / f"{name}.jsonl").read_bytes()
+        assert data == (b / f"{name}.jsonl").read_bytes()
+        if name != "image":                                     # captions have no facts
+            assert data != (c / f"{name}.jsonl").read_bytes()
+    photo = next((a / "photos").iterdir())
+    assert photo.read_bytes() == (b / "photos" / photo.name).read_bytes()
 
 
-def test_every_hop_is_stated_by_exactly_the_base_that_it_names(made):
-    """Each gold answer stands, with the name asked about, in a passage of its own base and of no other."""
-    corpora = {base: [d["text"] for d in rows(made / "w" / f"{base}.jsonl")] for base in ("text", "table")}
-    seen = set()
-    for q in rows(made / "w" / "questions.jsonl"):
-        seen.add((q["kind"], len(q["hops"])))
-        for hop in q["hops"]:
-            base = hop["retriever"].split()[0]
-            if hop["retriever"] == "text image retriever":
-                assert q["image"] and hop["answer"] in " ".join(d["text"] for d in rows(made / "w" / "image.jsonl"))
+def test_without_the_depth_study_every_file_is_what_it_was(folder):
+    """The sum was computed with the code from before there were --rich and --peel; the shipped
+    weights depend on it."""
+    names = ("baselines", "compare", "copy", "describe", "fresh", "image", "questions", "steps",
+             "table", "text", "weak")
+    data = b"".join((folder / f"{name}.jsonl").read_bytes() for name in names)
+    expected = "60b377da24c116872c56e2542d09a04cd215cbf00b14aa504a4df39f494e736d"
+    assert hashlib.sha256(data).hexdigest() == expected
+    vocabularies = []
+    for model in (folder.parent / "shell", ROOT / "weights" / "tiny"):
+        tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+        vocabularies.append(tokenizer["model"]["vocab"])
+    assert vocabularies[0] == vocabularies[1]
+
+
+def test_every_name_is_two_tokens_and_every_number_one(folder):
+    processor = Processor.from_pretrained(folder.parent / "shell")
+    for split in world.SHARES:
+        for name in world.name_space(split)[::97]:
+            assert len(processor.encode(" " + name)) == 2
+    for number in range(10, 100):
+        assert len(processor.encode(f" {number}")) == 1
+    text = "Any other text, naïve or 日本, survives: \t[x] <think>."
+    assert processor.tokenizer.decode(processor.encode(text)) == text
+
+
+# -------------------------------------------------------------------------- questions and facts
+
+def test_every_hop_is_stated_by_exactly_the_base_that_it_names(folder):
+    """Each gold answer stands, with the name asked about, in a passage of its own base and of no
+    other."""
+    texts, kinds, depths = texts_of(folder), set(), set()
+    for question in rows(folder / "questions.jsonl"):
+        kinds.add(question["kind"])
+        depths.add(len(question["hops"]))
+        for hop in question["hops"]:
+            base, answer = BASE_OF[hop["retriever"]], hop["answer"]
+            if base == "image":
+                assert question["image"] and answer in " ".join(texts["image"])
                 continue
-            name, = names_in(hop["query"])
-            states = {b: [t for t in corpora[b] if name in t and re.search(rf"\b{hop['answer']}\b", t)] for b in corpora}
-            assert states[base] and not states["table" if base == "text" else "text"], hop
-    assert {h for _, h in seen} == {0, 1, 2} and len({k for k, _ in seen}) == 13
+            [name] = names_in(hop["query"])
+            for other in ("text", "table"):
+                about = [text for text in texts[other] if name in text]
+                stated = any(re.search(rf"\b{answer}\b", text) for text in about)
+                assert stated == (other == base), hop
+    assert depths == {0, 1, 2} and len(kinds) == 13
 
 
-def test_chains_lead_from_hop_to_hop(made):
-    """The second hop asks about what the first one found; the last hop's answer is the question's."""
-    two = [q for q in rows(made / "w" / "questions.jsonl") if len(q["hops"]) == 2 and q["kind"] != "compare"]
-    assert len(two) > 30
-    for q in two:
-        assert q["hops"][0]["answer"] in q["hops"][1]["query"] and q["hops"][1]["answer"] == q["answer"][0]
-        assert q["hops"][0]["answer"] not in q["question"]
-    for q in (q for q in rows(made / "w" / "questions.jsonl") if q["kind"] == "compare"):
-        numbers = {q["hops"][i]["query"].split()[-1].strip("?"): int(q["hops"][i]["answer"]) for i in (0, 1)}
-        assert q["answer"] == [max(numbers, key=numbers.get)]
+def test_chains_lead_from_hop_to_hop(folder):
+    """The second hop asks about what the first one found; the last hop's answer is the
+    question's."""
+    chains = 0
+    for question in rows(folder / "questions.jsonl"):
+        if len(question["hops"]) != 2:
+            continue
+        first, second = question["hops"]
+        if question["kind"] == "compare":
+            numbers = {}
+            for hop in (first, second):
+                numbers[hop["query"].split()[-1].strip("?")] = int(hop["answer"])
+            assert question["answer"] == [max(numbers, key=numbers.get)]
+            continue
+        chains += 1
+        assert first["answer"] in second["query"] and first["answer"] not in question["question"]
+        assert second["answer"] == question["answer"][0]
+    assert chains > 30
 
 
 @pytest.mark.parametrize("hops, kinds", [(3, world.THREE_HOPS), (4, world.FOUR_HOPS)])
 def test_deeper_questions_have_that_depth(tmp_path, hops, kinds):
-    assert run("--hops", hops, "--countries", 30, "--questions", 24, "--out", tmp_path).returncode == 0
-    got = rows(tmp_path / "questions.jsonl")
-    assert {len(q["hops"]) for q in got} == {hops} and {q["kind"] for q in got} == set(kinds)
-    for q in got:
-        assert q["kind"].split("-") == [h["retriever"].replace("text image", "image").split()[0] for h in q["hops"]]
-
-
-def test_without_the_depth_study_every_file_is_what_it_was(made):
-    """The sum was computed with the code from before there were --rich and --peel; the shipped weights depend on it."""
-    files = ("baselines", "compare", "copy", "describe", "fresh", "image", "questions", "steps", "table", "text", "weak")
-    assert hashlib.sha256(b"".join((made / "w" / f"{f}.jsonl").read_bytes() for f in files)).hexdigest() == (
-        "60b377da24c116872c56e2542d09a04cd215cbf00b14aa504a4df39f494e736d")
-    vocabulary = lambda path: json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-    assert vocabulary(made / "shell") == vocabulary(ROOT / "weights" / "tiny")
+    made("lab.world", "--hops", hops, "--countries", 30, "--questions", 24, "--out", tmp_path)
+    questions = rows(tmp_path / "questions.jsonl")
+    assert {len(question["hops"]) for question in questions} == {hops}
+    assert {question["kind"] for question in questions} == set(kinds)
+    for question in questions:
+        bases = [BASE_OF[hop["retriever"]] for hop in question["hops"]]
+        assert question["kind"].split("-") == bases
 
 
 @pytest.mark.parametrize("chain, thoughts", [
@@ -125,140 +172,172 @@ def test_without_the_depth_study_every_file_is_what_it_was(made):
         "enough"]),
 ])
 def test_a_peeled_thought_is_the_question_with_its_inside_answered(chain, thoughts):
-    """Written out by hand; {1}, {2}, {3} are the answers of the hops, looked up in the facts one after the other."""
+    """Written out by hand; {1}, {2}, {3} are the answers of the hops, looked up in the facts one
+    after the other."""
     w, rng = world.World("train", 0, 20, rich=True), random.Random(0)
     q = w.question("deep", [chain], rng)
-    first = q["photo"] or next(e for e, v in w.facts[chain[0]].items() if e in q["question"])
-    values = [first]
+    values = [q["photo"] or next(name for name in w.facts[chain[0]] if name in q["question"])]
     for move in chain:
         values.append(w.facts[move][values[-1]])
-    said = lambda peel: [s["thought"] for s in world.gold_steps(w, q, rng, peel) if s["step_type"] == "ret"]
-    assert said(True) == [t.format(*values) for t in thoughts]
-    assert said(False) == [t.split("? ")[-1] for t in thoughts] and q["answer"] == values[-1]
+    assert q["answer"] == values[-1]
+    for peel in (True, False):
+        steps = world.gold_steps(w, q, rng, peel)
+        written = [step["thought"] for step in steps if step["step_type"] == "ret"]
+        expected = [thought.format(*values) for thought in thoughts]
+        if not peel:
+            expected = [thought.split("? ")[-1] for thought in thoughts]
+        assert written == expected
 
 
-def signatures(path):
+def signatures(folder):
     """Each question's sub-questions without their names: its composition, in words."""
-    return [tuple(re.sub(r"[A-Z][a-z]{5}\b", "X", h["query"]) for h in q["hops"]) for q in rows(path / "questions.jsonl")]
+    questions = rows(folder / "questions.jsonl")
+    return [tuple(without_names(hop["query"]) for hop in row["hops"]) for row in questions]
+
+
+def three_in_a_row(folder):
+    threes = set()
+    for moves in signatures(folder):
+        threes |= {moves[i:i + 3] for i in range(len(moves) - 2)}
+    return threes
+
+
+def trained_questions(folder):
+    """The questions of the demonstrations, without names."""
+    demonstrations = rows(folder / "fresh.jsonl")
+    return {without_names(row["steps"][0]["problem"]) for row in demonstrations}
 
 
 def test_held_out_compositions_are_not_trained_on_but_their_parts_are(tmp_path):
     """Three moves in a row that one file has at three hops, the other has at no depth."""
     common = ["--split", "train", "--countries", 40, "--rich", "--peel", "--practice", 1]
-    for name, more in {"mix": ("--questions", 900), "train": ("--hops", 3, "--compositions", "train", "--questions", 500),
-                       "held": ("--hops", 3, "--compositions", "held", "--questions", 300),
-                       "train4": ("--hops", 4, "--compositions", "train", "--questions", 300)}.items():
-        done = run(*common, *more, "--out", tmp_path / name)
-        assert done.returncode == 0, done.stderr
-    three = lambda name: {s[i:i + 3] for s in signatures(tmp_path / name) for i in range(len(s) - 2)}
-    assert len(three("train")) == 34 and len(three("held")) == 17               # by hand: 51 chains of three moves
-    assert not three("held") & (three("train") | three("train4") | three("mix"))
-    pairs = {s for s in signatures(tmp_path / "mix") if len(s) == 2}
-    assert {s[i:i + 2] for s in three("held") for i in (0, 1)} <= pairs
+    for name, words in (("mix", "--questions 900"),
+                        ("train", "--hops 3 --compositions train --questions 500"),
+                        ("held", "--hops 3 --compositions held --questions 300"),
+                        ("train4", "--hops 4 --compositions train --questions 300")):
+        made("lab.world", *common, *words.split(), "--out", tmp_path / name)
+    train, held = three_in_a_row(tmp_path / "train"), three_in_a_row(tmp_path / "held")
+    assert len(train) == 34 and len(held) == 17                 # by hand: 51 chains of three moves
+    others = three_in_a_row(tmp_path / "train4") | three_in_a_row(tmp_path / "mix")
+    assert not held & (train | others)
+    pairs = {moves for moves in signatures(tmp_path / "mix") if len(moves) == 2}
+    for moves in held:
+        assert moves[:2] in pairs and moves[1:] in pairs
     # what is trained on says the same: the thoughts of fresh.jsonl hold no held-out question
-    asked = lambda name: {re.sub(r"[A-Z][a-z]{5}\b", "X", row["steps"][0]["problem"])
-                          for row in rows(tmp_path / name / "fresh.jsonl")}
-    assert asked("held") and not asked("held") & (asked("train") | asked("mix"))
+    unseen = trained_questions(tmp_path / "held")
+    seen = trained_questions(tmp_path / "train") | trained_questions(tmp_path / "mix")
+    assert unseen and not unseen & seen
 
 
 def test_a_world_with_more_relations_states_each_fact_in_the_base_of_its_move(tmp_path):
-    assert run("--rich", "--hops", 5, "--countries", 40, "--questions", 40, "--out", tmp_path).returncode == 0
-    texts = {b: [d["text"] for d in rows(tmp_path / f"{b}.jsonl")] for b in ("text", "image", "table")}
-    for q in rows(tmp_path / "questions.jsonl"):
-        assert len(q["hops"]) == 5 and q["hops"][-1]["answer"] == q["answer"][0]
-        for hop in q["hops"][1:]:
-            base, (name,) = hop["retriever"].split()[0], names_in(hop["query"])
-            stated = [b for b in texts if any(re.search(rf"\b{name} [^A-Z]*{hop['answer']}\b", t) for t in texts[b])]
-            assert stated == [base], hop
+    made("lab.world", "--rich", "--hops", 5, "--countries", 40, "--questions", 40,
+         "--out", tmp_path)
+    texts = texts_of(tmp_path)
+    for question in rows(tmp_path / "questions.jsonl"):
+        hops = question["hops"]
+        assert len(hops) == 5 and hops[-1]["answer"] == question["answer"][0]
+        for hop in hops[1:]:
+            [name] = names_in(hop["query"])
+            fact = re.compile(rf"\b{name} [^A-Z]*{hop['answer']}\b")
+            stated = [base for base in texts if any(map(fact.search, texts[base]))]
+            assert stated == [BASE_OF[hop["retriever"]]], hop
 
 
-def test_problems_are_those_that_the_router_renders(made):
-    """Two files that do not import one another write the same prompts: each problem of steps.jsonl is rebuilt by
-    infer.py from its predecessors."""
-    base_of = {"text retriever": "text", "text image retriever": "image", "table retriever": "table"}
+# --------------------------------------------------------------------------------- demonstrations
+
+def test_problems_are_those_that_the_router_renders(folder):
+    """Two files that do not import one another write the same prompts: each problem of steps.jsonl
+    is rebuilt by infer.py from its predecessors."""
     count = 0
-    for row in rows(made / "w" / "steps.jsonl"):
+    for row in rows(folder / "steps.jsonl"):
         image, history, steps = bool(row["images"]), [], row["steps"]
-        question = steps[0]["problem"].removesuffix("<image>").removeprefix("Origin question: ").split("\n")[0]
-        for i, s in enumerate(steps):
-            if s["step_type"] == "ret":
-                assert s["problem"] == route_problem(question, history, image)
-            elif i + 1 == len(steps):
-                assert s["problem"] == final_problem(question, history, image)
-            else:
-                asked = steps[i - 1]["answer"]
-                lines = re.findall(r"(t[eia]r)-\d: (.*)\n", s["problem"])
-                evidence = {}
-                for prefix, text in lines:
-                    evidence.setdefault({v: k for k, v in PREFIX.items()}[prefix], []).append(text)
-                assert s["problem"] == answer_problem(asked["query"], evidence, image)
-                assert list(evidence) == [base_of[asked["retriever"][0]]]
-                history.append((asked["query"], s["answer"]))
+        problem = steps[0]["problem"].removesuffix("<image>")
+        question = problem.removeprefix("Origin question: ").split("\n")[0]
+        for i, step in enumerate(steps):
             count += 1
+            if step["step_type"] == "ret":
+                expected = route_problem(question, history, image)
+            elif i + 1 == len(steps):
+                expected = final_problem(question, history, image)
+            else:
+                route = steps[i - 1]["answer"]
+                evidence = {}
+                for prefix, text in re.findall(r"(t[eia]r)-\d: (.*)\n", step["problem"]):
+                    evidence.setdefault(BASE_OF_PREFIX[prefix], []).append(text)
+                expected = answer_problem(route["query"], evidence, image)
+                assert list(evidence) == [BASE_OF[route["retriever"][0]]]
+                history.append((route["query"], step["answer"]))
+            assert step["problem"] == expected
     assert count > 400
 
 
-def test_evidence_of_gold_steps_holds_what_the_thought_quotes(made):
+def test_evidence_of_gold_steps_holds_what_the_thought_quotes(folder):
     checked = 0
-    for row in rows(made / "w" / "fresh.jsonl"):
-        for s in row["steps"]:
-            if s["step_type"] == "ans" and isinstance(s["answer"], str):
-                quote = s["thought"].removesuffix(" " + s["answer"])
-                assert quote in s["problem"] and s["answer"] in quote
+    for row in rows(folder / "fresh.jsonl"):
+        for step in row["steps"]:
+            answer = step["answer"]
+            if step["step_type"] == "ans" and isinstance(answer, str):
+                quote = step["thought"].removesuffix(" " + answer)
+                assert quote in step["problem"] and answer in quote
                 checked += 1
     assert checked > 100
 
 
-def test_fresh_names_are_others_of_the_split_and_keep_the_question_whole(made):
-    fresh, gold = rows(made / "w" / "fresh.jsonl"), rows(made / "w" / "steps.jsonl")
+def test_fresh_names_are_others_of_the_split_and_keep_the_question_whole(folder):
+    fresh, gold = rows(folder / "fresh.jsonl"), rows(folder / "steps.jsonl")
     assert names_in(json.dumps(fresh)) <= set(world.name_space("train"))
-    answers = [(f["steps"][-1]["answer"], g["steps"][-1]["answer"]) for f, g in zip(fresh, gold)]
-    changed = [f != g for f, g in answers if names_in(g[0])]
-    assert 0.75 < sum(changed) / len(changed) <= 1.0
+    changed = []
+    for fresh_row, gold_row in zip(fresh, gold):
+        answer = gold_row["steps"][-1]["answer"]
+        if names_in(answer[0]):
+            changed.append(fresh_row["steps"][-1]["answer"] != answer)
+    assert 0.75 < np.mean(changed) <= 1.0
 
 
-def test_weak_demonstrations_are_weak_where_they_should_be(made):
-    """Routes are right by chance only, about half of the sub-questions are useless, answers stay right."""
-    weak, gold = rows(made / "w" / "weak.jsonl"), rows(made / "w" / "steps.jsonl")
-    pairs = [(w, g) for a, b in zip(weak, gold) for w, g in zip(a["steps"], b["steps"])]
-    asked = [(w["answer"], g["answer"]) for w, g in pairs if w["step_type"] == "ret" and g["answer"]["query"] != "none"]
-    right_route = np.mean([w["retriever"] == g["retriever"] for w, g in asked])
-    same_words = np.mean([len(w["query"]) == len(g["query"]) for w, g in asked])
-    assert 0.15 < right_route < 0.45 and 0.4 < same_words < 0.85
-    numbers = [(w["answer"], g["answer"]) for w, g in pairs if w["step_type"] == "ans" and str(g["answer"]).isdigit()]
-    assert numbers and all(w == g for w, g in numbers)
+def test_weak_demonstrations_are_weak_where_they_should_be(folder):
+    """Routes are right by chance only, about half of the sub-questions are useless, answers stay
+    right."""
+    right_routes, same_lengths, numbers = [], [], 0
+    for weak_row, gold_row in zip(rows(folder / "weak.jsonl"), rows(folder / "steps.jsonl")):
+        for step, gold_step in zip(weak_row["steps"], gold_row["steps"]):
+            weak, gold = step["answer"], gold_step["answer"]
+            if step["step_type"] == "ret" and gold["query"] != "none":
+                right_routes.append(weak["retriever"] == gold["retriever"])
+                same_lengths.append(len(weak["query"]) == len(gold["query"]))
+            if step["step_type"] == "ans" and str(gold).isdigit():
+                assert weak == gold
+                numbers += 1
+    assert 0.15 < np.mean(right_routes) < 0.45 and 0.4 < np.mean(same_lengths) < 0.85
+    assert numbers
 
+
+# --------------------------------------------------------------------------------------- pictures
 
 @pytest.mark.parametrize("across", [True, False])
 def test_a_flag_shows_what_its_description_says(across):
-    """Pixels by hand: the middle of each stripe's free part has the stripe's colour, the centre has the emblem's."""
-    flag = {"across": across, "stripes": ["red", "white", "blue"], "emblem": "green", "shape": "circle"}
-    pixels = np.asarray(world.draw_flag(flag))
-    at = lambda along, other: tuple(pixels[along, other] if across else pixels[other, along])
-    assert [at(y, 4) for y in (8, 32, 56)] == [world.COLOURS[c] for c in flag["stripes"]]
+    """Pixels by hand: the middle of each stripe's free part has the stripe's colour, the centre has
+    the emblem's."""
+    flag = {"across": across, "stripes": ["red", "white", "blue"], "emblem": "green",
+            "shape": "circle"}
+    pixels = np.asarray(world.draw_flag(flag))                  # (height, width, 3)
+    for along, colour in zip((8, 32, 56), flag["stripes"]):
+        pixel = pixels[along, 4] if across else pixels[4, along]
+        assert tuple(pixel) == world.COLOURS[colour]
     assert tuple(pixels[32, 32]) == world.COLOURS["green"]
     edge = "top" if across else "left"
     assert world.describe(flag) == f"flag {edge} red white blue green circle"
 
 
-def test_photos_differ_from_their_flag_but_not_much(made):
-    questions = [q for q in rows(made / "w" / "questions.jsonl") if q["image"]]
-    for q in questions[:10]:
-        photo = np.asarray(Image.open(made / "w" / q["image"]), dtype=float)
-        number = q["image"].split("/")[1].split("-")[0]
-        flag = np.asarray(Image.open(made / "w" / "flags" / f"{number}.png"), dtype=float)
-        difference = np.abs(photo - flag).mean()
-        assert photo.shape == flag.shape and 3 < difference < 60
+def test_photos_differ_from_their_flag_but_not_much(folder):
+    pictures = [q["image"] for q in rows(folder / "questions.jsonl") if q["image"]]
+    for name in pictures[:10]:
+        photo = np.asarray(Image.open(folder / name), dtype=float)
+        number = name.split("/")[1].split("-")[0]
+        flag = np.asarray(Image.open(folder / "flags" / f"{number}.png"), dtype=float)
+        assert photo.shape == flag.shape and 3 < np.abs(photo - flag).mean() < 60
 
 
-def test_every_name_is_two_tokens_and_every_number_one(made):
-    processor = Processor.from_pretrained(made / "shell")
-    for split in world.SHARES:
-        assert {len(processor.encode(" " + n)) for n in world.name_space(split)[::97]} == {2}
-    assert {len(processor.encode(f" {n}")) for n in range(10, 100)} == {1}
-    text = "Any other text, naïve or 日本, survives: \t[x] <think>."
-    assert processor.tokenizer.decode(processor.encode(text)) == text
-
+# ------------------------------------------------------------------------------ flags and folders
 
 @pytest.mark.parametrize("words, message", [
     (("--split", "val", "--countries", 481), "six names each are needed"),
@@ -271,31 +350,35 @@ def test_every_name_is_two_tokens_and_every_number_one(made):
     (("--shell", "m", "--shape", 96, 4, 3, 2, 320), "key/value heads that divide"),
 ])
 def test_what_cannot_be_made_is_refused_in_one_line(tmp_path, words, message):
-    done = run(*words, "--out", tmp_path / "w")
+    done = run("lab.world", *words, "--out", tmp_path / "w")
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "w").exists()
 
 
+def files_in(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.*")}
+
+
 def test_a_world_over_an_older_one_leaves_nothing_of_it(tmp_path):
-    """The larger world's practice files and all its pictures go; what the user keeps beside them stays."""
-    words = ["--questions", 13, "--out", tmp_path / "w"]
-    assert run("--countries", 40, "--practice", 8, *words).returncode == 0
-    (tmp_path / "w" / "results.jsonl").write_text("mine")
-    for place in ("w", "fresh"):
-        assert run("--countries", 12, "--seed", 3, *words[:-1], tmp_path / place).returncode == 0
-    (tmp_path / "fresh" / "results.jsonl").write_text("mine")
-    all_of = lambda place: {f.relative_to(tmp_path / place): f.read_bytes() for f in (tmp_path / place).rglob("*.*")}
-    assert all_of("w") == all_of("fresh")
-    (tmp_path / "w" / "flags" / "france.png").write_text("mine")
-    before = all_of("w")
-    refused = run("--countries", 12, "--seed", 4, *words)
-    assert refused.returncode == 2 and "france.png" in refused.stderr and all_of("w") == before
+    """The larger world's practice files and all its pictures go; what the user keeps beside them
+    stays."""
+    w, fresh = tmp_path / "w", tmp_path / "fresh"
+    made("lab.world", "--countries", 40, "--practice", 8, "--questions", 13, "--out", w)
+    (w / "results.jsonl").write_text("mine")
+    for out in (w, fresh):
+        made("lab.world", "--countries", 12, "--seed", 3, "--questions", 13, "--out", out)
+    (fresh / "results.jsonl").write_text("mine")
+    assert files_in(w) == files_in(fresh)
+    (w / "flags" / "france.png").write_text("mine")
+    before = files_in(w)
+    refused = run("lab.world", "--countries", 12, "--seed", 4, "--questions", 13, "--out", w)
+    assert refused.returncode == 2 and "france.png" in refused.stderr and files_in(w) == before
 
 
-def test_a_world_that_is_being_replaced_is_no_whole_world(made, tmp_path, monkeypatch):
+def test_a_world_that_is_being_replaced_is_no_whole_world(folder, tmp_path, monkeypatch):
     """Killed on its way, it must not pass for whole by the older one's questions."""
-    shutil.copytree(made / "w", tmp_path / "w")
+    w = shutil.copytree(folder, tmp_path / "w")
     monkeypatch.setattr(world, "draw_flag", lambda flag: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        world.write_world(tmp_path / "w", "test", 5, 13, 12, [("text", world.KINDS["text"])])
-    assert not (tmp_path / "w" / "questions.jsonl").exists() and (tmp_path / "w" / "text.jsonl").exists()
+        world.write_world(w, "test", 5, 13, 12, [("text", world.KINDS["text"])])
+    assert not (w / "questions.jsonl").exists() and (w / "text.jsonl").exists()
