@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 
+from lab.curves import Run, draw_curves
 from plumbing.files import run_command, write_json, write_text
 from plumbing.options import OneLineParser, add_flags, check_options, from_flags, option
 
@@ -759,7 +760,6 @@ def fill(text, parts):
 
 def figures(out):
     """Curves of the main comparison and of the route that dies, as PNG files."""
-    from lab import report                          # here, since it takes matplotlib with it
     main, dying = [], []
     for row in results_of("main", out):
         points = []
@@ -768,13 +768,13 @@ def figures(out):
             points.append({"step": point["step"], "seconds": point["seconds"],
                            "sampled": point["tokens"], **scores})
         if points:
-            main.append(report.Run(f"{row['name']}-{row['seed']}", row["name"],
-                                   {"seed": row["seed"]}, points, []))
+            main.append(Run(f"{row['name']}-{row['seed']}", row["name"],
+                            {"seed": row["seed"]}, points, []))
     for row in results_of("collapse", out):
         if row["kind"] == "grpo" and row["curve"]:
             bins = [{**one, "sampled": 0} for one in row["routes"]]
-            dying.append(report.Run(f"{row['name']}-{row['seed']}", row["name"],
-                                    {"seed": row["seed"]}, bins, []))
+            dying.append(Run(f"{row['name']}-{row['seed']}", row["name"],
+                             {"seed": row["seed"]}, bins, []))
     # what samples nothing (sft) has no line over tokens
     sampling = [run if run.rows[-1]["sampled"] else replace(run, rows=[]) for run in main]
     scores = ["validation.f1_recall", "validation.route_accuracy"]
@@ -783,7 +783,7 @@ def figures(out):
                              ("collapse-steps", dying, "steps",
                               ["asked:text image", "mixed:text image"])):
         if runs:
-            report.curves(runs, out / f"{name}.png", x=x, y=y, columns=2)
+            draw_curves(runs, out / f"{name}.png", x=x, y=y, columns=2)
 
 
 # ------------------------------------------------------------------------------------ command line

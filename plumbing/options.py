@@ -76,9 +76,11 @@ def numbers(f, value, name):
 
 
 def fill(cls, values, where):
-    """An object of an options class from foreign JSON, a dict. Keys that the class does not have
-    are passed over; null is as good as missing. ValueError names `where` and what does not fit,
+    """An object of an options class from foreign JSON. Keys that the class does not have are
+    passed over; null is as good as missing. ValueError names `where` and what does not fit,
     what the class itself finds in its __post_init__ too."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is {repr(values)[:40]}: expected an object")
     chosen, missing = {}, []
     for f in fields(cls):
         value = values.get(f.name)

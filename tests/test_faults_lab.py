@@ -25,7 +25,7 @@ for words, message in (
     case(f"options: world {words}")(_)
 
 for words, message in (("{dir}", "no log.jsonl in it"), ("{dir}/none", "cannot be read"),
-                       ("{dir} --cards 0", "--cards 0")):
+                       ("{dir} --cards 0", "--cards is 0")):
     def _(b, words=words, message=message):
         words = words.format(dir=b.dir).split()
         return ["report", *words, "--out", b.dir / "page.html"], message
@@ -34,29 +34,29 @@ for words, message in (("{dir}", "no log.jsonl in it"), ("{dir}/none", "cannot b
 
 # ------------------------------------------------------------------------------------------ logs
 
-def log_row(b, row):
+def log_row(b, row, message):
     """The page of a run whose log is this row."""
-    b.file("run/options.json", {"mode": "online", "group": 2})
     b.file("run/log.jsonl", row)
     words = ["report", b.dir / "run", "--out", b.dir / "page.html"]
-    return words, "log.jsonl:1: expected a line of train.py's log"
+    return words, f"log.jsonl:1: a line of train.py's log: {message}"
 
 
 each(case, "log: ", log_row, [
-    ("outputs that are text", {"step": 1, "tokens": 5, "outputs": "3"}),
-    ("groups that are a list", {"step": 1, "tokens": 5, "groups": [1]}),
-    ("a step beyond all numbers", {"step": 10 ** 400, "tokens": 5}),
-    ("tokens below zero", {"step": 1, "tokens": -5}),
-    ("seconds that are none", {"step": 1, "tokens": 5, "seconds": None}),
-    ("seconds that are no number", {"step": 1, "tokens": 5, "seconds": float("nan")})])
+    ("no step", {"tokens": 5}, "missing step"),
+    ("outputs that are text", {"step": 1, "outputs": "3"}, "outputs is '3'"),
+    ("a step beyond all numbers", {"step": 10 ** 400, "tokens": 5}, "step is 1000"),
+    ("tokens below zero", {"step": 1, "tokens": -5}, "tokens is -5"),
+    ("seconds that are a list", {"step": 1, "seconds": [1]}, "seconds is [1]"),
+    ("seconds that are no number", {"step": 1, "seconds": float("nan")}, "seconds is nan"),
+    ("a validation that is a number", {"step": 1, "validation": 0.5}, "validation is 0.5")])
 
 
 @case("log: options that are none")
 def _(b):
-    b.file("run/options.json", {"mode": "online", "group": None})
-    b.file("run/log.jsonl", {"step": 1, "tokens": 5, "groups": 2})
+    b.file("run/options.json", [1])
+    b.file("run/log.jsonl", {"step": 1, "tokens": 5})
     words = ["report", b.dir / "run", "--out", b.dir / "page.html"]
-    return words, "options.json: group is None"
+    return words, "options.json: expected a JSON object"
 
 
 # ---------------------------------------------------------------------------------------- places
@@ -64,13 +64,13 @@ def _(b):
 @case("place: a page over its own results")
 def _(b):
     file = b.file("r.jsonl", {"question": "?", "answer": "x", "llm_answer": "x"})
-    return ["report", f"mine={file}", "--out", file], "r.jsonl is what the page is made of"
+    return ["report", f"mine={file}", "--out", file], "r.jsonl: give a name that ends with .html"
 
 
 @case("place: a page over the log of the run that it is made of by default")
 def _(b):
     b.file("runs/a/log.jsonl", {"step": 1, "tokens": 5})
-    return ["report", "--out", "runs/a/log.jsonl"], "log.jsonl is what the page is made of"
+    return ["report", "--out", "runs/a/log.jsonl"], "log.jsonl: give a name that ends with .html"
 
 
 @case("place: a world where something else lies")

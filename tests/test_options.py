@@ -100,6 +100,7 @@ def test_foreign_json_becomes_options():
 
 @pytest.mark.parametrize("values, message", [
     ({}, "a.json: missing hidden, sections"),
+    ([8], r"a.json is \[8\]: expected an object"),
     ({"hidden": None, "sections": []}, "a.json: missing hidden"),
     ({"hidden": 1001, "sections": []}, "a.json: hidden is 1001: give 1 to 1000"),
     ({"hidden": "8", "sections": []}, "hidden is '8': expected a whole number"),
