@@ -650,7 +650,8 @@ def show(o):
             set_advantages(o, group)
             golds = " | ".join(map(str, group.golds))
             print(f"\n{kind} step, {len(group.prompt_ids)} prompt tokens, gold: {golds}")
-            print(*group.lines(), sep="\n")
+            for line in group.lines():
+                print(f"  {line}")
         if not groups:
             print(f"\n{kind} step: it cannot be judged, so one output is followed")
         if isinstance(live.request, Search):
