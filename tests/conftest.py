@@ -23,9 +23,9 @@ def run(script, *words, **options):
     return subprocess.run(command, **{"capture_output": True, "text": True, **options})
 
 
-def made(script, *words):
+def made(script, *words, **options):
     """What `run` gives where it must succeed."""
-    done = run(script, *words)
+    done = run(script, *words, **options)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -92,8 +92,8 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def noise_model(world, tmp_path_factory):
-    """A random model in the shape of the tiny one: what it says is noise, what it is asked is
-    real."""
+    """A random model in the shape of the tiny one: what it says is noise, what it is asked is real.
+    """
     from model import VLM
     folder = tmp_path_factory.mktemp("noise") / "model"
     shutil.copytree(world / "shell", folder)

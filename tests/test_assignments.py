@@ -1,4 +1,5 @@
-"""The course kit both ways: the student copy imports and scores 0, the project scores 100, part scores part."""
+"""The course kit both ways: the student copy imports and scores 0, the project scores 100, part
+scores part."""
 import ast
 import json
 import os
@@ -7,13 +8,14 @@ import sys
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, made
 
 sys.path.append(str(ROOT / "assignments"))
 
 import kit
 
 POINTS = {number: exercise.points for number, exercise in kit.EXERCISES.items()}
+ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}    # a copy finds its own files
 CASE = '''"""A module."""
 import math
 
@@ -63,119 +65,141 @@ class Shape:
 '''
 
 
-def run(folder, *words):
-    """The kit of a project or a copy, as the make targets call it."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, str(folder / "assignments" / "kit.py"), *map(str, words)], cwd=folder,
-                          capture_output=True, text=True, env=env)
+def kit_of(folder, *words):
+    """What the kit of a project or a copy prints, called as the make targets call it."""
+    script = str(folder / "assignments" / "kit.py")
+    return made(script, *words, cwd=folder, env=ALONE).stdout
 
 
 def graded(folder, *numbers):
     """({exercise: points}, table) of a grading run, whose last line agrees with its table."""
-    done = run(folder, "grade", *numbers)
-    assert done.returncode == 0, done.stderr
-    *table, last = done.stdout.splitlines()
+    *table, last = kit_of(folder, "grade", *numbers).splitlines()
     marks = json.loads(last)
     assert table[-1].split() == ["score", str(marks["score"]), "of", str(marks["of"])]
-    assert marks["score"] == pytest.approx(sum(row["points"] for row in marks["exercises"].values()))
-    for number, row in marks["exercises"].items():     # equal shares
-        assert row["points"] == pytest.approx(POINTS[int(number)] * row["passed"] / row["tests"], abs=0.05)
-    return {int(number): row["points"] for number, row in marks["exercises"].items()}, "\n".join(table)
+    points = {}
+    for number, row in marks["exercises"].items():
+        points[int(number)] = row["points"]
+        share = row["passed"] / row["tests"]                            # tests have equal shares
+        assert row["points"] == pytest.approx(POINTS[int(number)] * share, abs=0.05)
+    assert marks["score"] == pytest.approx(sum(points.values()))
+    return points, "\n".join(table)
 
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
     out = tmp_path_factory.mktemp("course") / "student"
-    done = run(ROOT, "copy", out)
-    assert done.returncode == 0, done.stderr
+    kit_of(ROOT, "copy", out)
     return out
 
+
+# ------------------------------------------------------------------------------ what is written
 
 def test_six_exercises_make_100_points():
     assert list(kit.EXERCISES) == [1, 2, 3, 4, 5, 6] and sum(POINTS.values()) == 100
     index = (ROOT / "assignments" / "README.md").read_text()
     for number, e in kit.EXERCISES.items():
         page = (ROOT / "assignments" / e.page).read_text()
-        assert page.startswith(f"# {number} ") and f"· {e.points} points · about " in page.splitlines()[0]
-        row = next(line for line in index.splitlines() if line.startswith(f"| [{number}]({e.page})"))
-        assert [cell.strip() for cell in row.split("|")[3:6]] == [
-            f"`{e.file}`", ", ".join(f"`{name}`" for name in e.functions), str(e.points)]
-        assert all(f"`{name}`" in page for name in e.functions)
+        title = page.splitlines()[0]
+        assert title.startswith(f"# {number} ") and f"· {e.points} points · about " in title
+        start = f"| [{number}]({e.page})"
+        row = next(line for line in index.splitlines() if line.startswith(start))
+        names = [f"`{name}`" for name in e.functions]
+        expected = [f"`{e.file}`", ", ".join(names), str(e.points)]
+        assert [cell.strip() for cell in row.split("|")[3:6]] == expected
+        assert all(name in page for name in names)
 
 
 def test_blank_by_hand():
     assert kit.blank(CASE, {"area": "exercise 1", "Shape.area": "exercise 2"}) == BLANK
     assert kit.blank(CASE.replace("\n", "\r\n"), {}) == CASE.replace("\n", "\r\n")
-    for name in ("Shape.area_of", "volume", "inner"):                  # no docstring, not there, inside another
+    for name in ("Shape.area_of", "volume", "inner"):       # no docstring, not there, in another
         with pytest.raises(ValueError, match=f"^{name} is no function with a docstring"):
             kit.blank(CASE, {name: ""})
 
 
-def functions_of(file):
-    """The functions that are blank in a file of the student copy, with the number of their exercise."""
-    return {name: number for number, e in kit.EXERCISES.items() if e.file == file for name in e.functions}
+def blank_in(file):
+    """The functions that are blank in a file of the student copy, with their exercise's number."""
+    numbers = {}
+    for number, e in kit.EXERCISES.items():
+        if e.file == file:
+            numbers.update(dict.fromkeys(e.functions, number))
+    return numbers
+
+
+def files_in(folder):
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
 
 
 def test_the_copy_has_all_files_of_the_project(student):
-    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
-                            capture_output=True, text=True)
+    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout: nothing says which files belong to the project")
-    expected = {name for name in listed.stdout.splitlines() if (ROOT / name).is_file()
-                and (name[0] != "." or name == ".gitignore")}
-    assert {str(path.relative_to(student)) for path in student.rglob("*") if path.is_file()} == expected
+    names = [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    expected = {name for name in names if name[0] != "." or name == ".gitignore"}
+    assert set(files_in(student)) == expected
 
 
-def test_nothing_is_gone_but_the_bodies(student):
-    changed = {e.file for e in kit.EXERCISES.values()}
-    for path in student.rglob("*"):
-        name = str(path.relative_to(student))
-        assert path.is_dir() or name in changed or path.read_bytes() == (ROOT / name).read_bytes(), name
-    for file in changed:
-        functions, ours, theirs = functions_of(file), (ROOT / file).read_text(), (student / file).read_text()
-        raises = [line for line in theirs.split("\n") if "raise NotImplementedError(\"exercise" in line]
-        assert len(raises) == len(functions)
-        left = iter(ours.split("\n"))                                  # all other lines stand in the project, in order
-        assert all(line in left for line in theirs.split("\n") if line not in raises)
-        before, after = (dict(kit.functions_of(ast.parse(text))) for text in (ours, theirs))
-        assert list(before) == list(after)
-        for function, node in after.items():
-            if function in functions:
-                docstring, body = node.body
-                assert ast.dump(docstring) == ast.dump(before[function].body[0]) and isinstance(body, ast.Raise)
-                assert f"exercise {functions[function]}: assignments/{functions[function]}-" in ast.dump(body)
-                node.body = before[function].body
-            assert ast.dump(node) == ast.dump(before[function])        # signature, decorators, all other functions
+def test_other_files_are_those_of_the_project(student):
+    for name in set(files_in(student)) - {e.file for e in kit.EXERCISES.values()}:
+        assert (student / name).read_bytes() == (ROOT / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("file", sorted({e.file for e in kit.EXERCISES.values()}))
+def test_nothing_is_gone_but_the_bodies(student, file):
+    numbers, ours, theirs = blank_in(file), (ROOT / file).read_text(), (student / file).read_text()
+    raises = [line for line in theirs.split("\n") if 'raise NotImplementedError("exercise' in line]
+    assert len(raises) == len(numbers)
+    left = iter(ours.split("\n"))               # all other lines stand in the project, in order
+    assert all(line in left for line in theirs.split("\n") if line not in raises)
+    before, after = (dict(kit.functions_of(ast.parse(text))) for text in (ours, theirs))
+    assert list(before) == list(after)
+    for name, node in after.items():
+        if name in numbers:
+            docstring, body = node.body
+            assert isinstance(body, ast.Raise)
+            assert ast.dump(docstring) == ast.dump(before[name].body[0])
+            number = numbers[name]
+            assert f"exercise {number}: assignments/{number}-" in ast.dump(body)
+            node.body = before[name].body
+        # signature, decorators, all other functions
+        assert ast.dump(node) == ast.dump(before[name])
 
 
 def test_the_student_copy_imports(student):
-    files = [path.relative_to(student) for path in (*student.glob("*.py"), *student.glob("[pl]*/[!_]*.py"))]
-    scripts = [".".join(file.with_suffix("").parts) for file in files]
-    assert len(scripts) >= 8
-    done = subprocess.run([sys.executable, "-c", f"import {', '.join(scripts)}"], cwd=student, capture_output=True)
+    modules = []
+    for path in (*student.glob("*.py"), *student.glob("[pl]*/[!_]*.py")):
+        modules.append(".".join(path.relative_to(student).with_suffix("").parts))
+    assert len(modules) >= 8
+    done = subprocess.run([sys.executable, "-c", f"import {', '.join(modules)}"], cwd=student,
+                          capture_output=True, env=ALONE)
     assert done.returncode == 0, done.stderr
 
 
+# -------------------------------------------------------------------------------------- grading
+
 def test_the_student_copy_scores_0(student):
-    marks, table = graded(student)
-    assert marks == dict.fromkeys(POINTS, 0.0)
-    assert all(f"NotImplementedError: exercise {number}: assignments/{number}-" in table for number in POINTS)
+    points, table = graded(student)
+    assert points == dict.fromkeys(POINTS, 0.0)
+    for number in POINTS:
+        assert f"NotImplementedError: exercise {number}: assignments/{number}-" in table
 
 
 def test_the_project_scores_100():
-    marks, table = graded(ROOT)
-    assert marks == POINTS, table
+    points, table = graded(ROOT)
+    assert points == POINTS, table
 
 
 @pytest.mark.parametrize("numbers", [(1, 3, 5), (2, 4, 6)])
 def test_no_exercise_needs_another(tmp_path, numbers):
     solved = {number: points for number, points in POINTS.items() if number not in numbers}
-    marks, table = graded(kit.write_copy(tmp_path / "half", numbers), *solved)
-    assert marks == solved, table
+    points, table = graded(kit.write_copy(tmp_path / "half", numbers), *solved)
+    assert points == solved, table
 
 
 def test_part_of_an_exercise_and_code_that_does_not_end(tmp_path):
-    """Advantages are right but loop for ever where a group has one member, the loss is blank, infer.py is broken."""
+    """Advantages are right but loop for ever where a group has one member, the loss is blank,
+    infer.py is broken."""
     out = kit.write_copy(tmp_path / "part", [5, 6])
     source = (out / "grpo.py").read_text()
     body = '''    out = torch.zeros(len(rewards), dtype=torch.as_tensor(rewards).dtype)
@@ -185,15 +209,18 @@ def test_part_of_an_exercise_and_code_that_does_not_end(tmp_path):
             pass
         out[groups == g] = (r - r.mean()) / ((r.std() + eps) if scale else 1.0)
     return out'''
-    (out / "grpo.py").write_text(source.replace(
-        '    raise NotImplementedError("exercise 5: assignments/5-loss.md")', body, 1))
+    empty = '    raise NotImplementedError("exercise 5: assignments/5-loss.md")'
+    (out / "grpo.py").write_text(source.replace(empty, body, 1))
     (out / "infer.py").write_text("def broken(:\n")
     script = out / "assignments" / "kit.py"
     script.write_text(script.read_text().replace("SECONDS = 60", "SECONDS = 1"))
-    marks, table = graded(out, 5, 6)
-    assert marks == {5: 1.5, 6: 0.0}                                   # one test of ten: a lone right sample of eight
-    assert "advantages_by_hand: TooLong: longer than 1 s" in table and "infer.py:1 SyntaxError" in table
+    points, table = graded(out, 5, 6)
+    assert points == {5: 1.5, 6: 0.0}           # one test of ten: a lone right sample of eight
+    assert "advantages_by_hand: TooLong: longer than 1 s" in table
+    assert "infer.py:1 SyntaxError" in table
 
+
+# ------------------------------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize("words, message", [
     (("copy", ""), "no folder to write to: make assignment OUT=dir"),
@@ -213,10 +240,11 @@ def test_mistakes_are_one_line(words, message, capsys):
 
 
 def test_a_folder_that_holds_something_stays_as_it_is(tmp_path, capsys):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes").write_text("x")
-    (tmp_path / "empty").mkdir()
-    assert kit.main(["copy", str(tmp_path / "mine")]) == 2 and os.listdir(tmp_path / "mine") == ["notes"]
-    assert kit.main(["copy", str(tmp_path / "empty"), "4"]) == 0
+    mine, empty = tmp_path / "mine", tmp_path / "empty"
+    mine.mkdir()
+    (mine / "notes").write_text("x")
+    empty.mkdir()
+    assert kit.main(["copy", str(mine)]) == 2 and os.listdir(mine) == ["notes"]
+    assert kit.main(["copy", str(empty), "4"]) == 0
     assert "student copy, blank: exercise 4" in capsys.readouterr().out
-    assert sorted(os.listdir(tmp_path)) == ["empty", "mine"]           # nothing half-written beside it
+    assert sorted(os.listdir(tmp_path)) == ["empty", "mine"]            # nothing half-written
