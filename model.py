@@ -295,8 +295,9 @@ def pick(logits, temperature, top_k, top_p, noise):
         tokens = logits.argmax(-1)
     else:
         allowed = probs
-        if 0 < top_k < logits.shape[-1]:
-            least = allowed.topk(top_k, dim=-1).values[:, -1:]              # (B, 1)
+        if top_k > 0:
+            k = min(top_k, logits.shape[-1])
+            least = allowed.topk(k, dim=-1).values[:, -1:]                  # (B, 1)
             allowed = allowed.masked_fill(allowed < least, 0)
         if top_p < 1.0:
             share = allowed / allowed.sum(-1, keepdim=True)

@@ -3,6 +3,7 @@ random float32 models."""
 import inspect
 import json
 import random
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
@@ -203,6 +204,8 @@ def sampled(samples):
     """The tokens under the mask; checks that a row's mask is one run from its start."""
     assert samples.tokens.shape == samples.mask.shape == samples.logps.shape
     assert samples.mask.dtype == torch.bool and samples.logps.dtype == torch.float32
+    with pytest.raises(FrozenInstanceError):
+        samples.tokens = None
     lengths = samples.mask.sum(1)
     assert torch.equal(samples.mask, torch.arange(samples.mask.shape[1]) < lengths[:, None])
     return [row[mask].tolist() for row, mask in zip(samples.tokens, samples.mask)]
@@ -569,6 +572,7 @@ def test_a_chunk_appended_to_the_cache(small, n):
         for chunk in chunks:
             real = chunk["attention_mask"]
             cache.extend(real.shape[1], real)
+            assert cache.bias.shape[-1] == cache.filled             # no more than there is
             # (rows, t): each real token one further
             positions = after[:, None] + real.cumsum(1) - 1
             embedded = small.vlm.model.embed_tokens(chunk["input_ids"])  # (rows, t, C)
