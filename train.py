@@ -267,7 +267,7 @@ def sample_groups(o, source, number):
     if not groups:
         raise ValueError(f"step {number + 1}: no prompt was left to sample, "
                          f"{counts[-1]['too_long']} were too long for the model; lower "
-                         "--max-new-tokens or --k")
+                         "--max-new-tokens or -k")
     all_counts = mean_of(counts)
     for name in ("too_long", "reward_s", "read_on"):            # these add up
         if name in all_counts:
