@@ -13,14 +13,19 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT.parent / "shared" / "golden"
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)          # for `python -m lab.world` from any folder
-torch.set_num_threads(1)                      # the tests are many small things: a second thread waits
+torch.set_num_threads(1)                     # tests are many small things: a second thread waits
+
+
+def command(script, *words):
+    """The words that start a script: "infer.py", or a module of the lab, "lab.world"."""
+    start = ["-m", script] if script.startswith("lab.") else [str(ROOT / script)]
+    return [sys.executable, *start, *map(str, words)]
 
 
 def run(script, *words, **options):
-    """Runs a script as a person would: "infer.py", or a module of the lab, "lab.world"."""
-    start = ["-m", script] if script.startswith("lab.") else [str(ROOT / script)]
-    command = [sys.executable, *start, *map(str, words)]
-    return subprocess.run(command, **{"capture_output": True, "text": True, **options})
+    """Runs a script as a person would."""
+    options = {"capture_output": True, "text": True, **options}
+    return subprocess.run(command(script, *words), **options)
 
 
 def made(script, *words, **options):

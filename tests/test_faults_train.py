@@ -1,7 +1,6 @@
 """Bad checkpoints, runs and flags of train.py (faults.py says how)."""
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import load, load_file, save
 
 from conftest import ROOT
-from faults import Bad, call, check, disk, export, table
+from faults import Bad, call, check, disk, each, export, full_disk, table
 from model import VLM
 from plumbing.run import LOGS, Run
 
@@ -64,42 +63,36 @@ def other_shape(tensors):
     tensors["exp_avg.model.norm.weight"] = torch.ones(2)
 
 
-BROKEN = {          # name -> (file of a run, what its bytes become, what must be told)
-    "no counters": ("last/trainer.json", gone, "trainer.json: no such file"),
-    "counters cut": ("last/trainer.json", half, "trainer.json: not valid JSON"),
-    "counters in words": ("last/trainer.json", lambda data: b'{"step": "one"}',
-                          "trainer.json: step is 'one': expected a whole number"),
-    "counters below 0": ("last/trainer.json", lambda data: b'{"step": -5}', "step is -5"),
-    "seconds in words": ("last/trainer.json", lambda data: b'{"step": 1, "seconds": "x"}',
-                         "seconds is 'x'"),
-    "a best that is none": ("last/trainer.json", lambda data: b'{"step": 1, "best": 3}',
-                            "best is 3"),
-    "a log that is none": ("log.jsonl", lambda data: b"oops\n" + data,
-                           "log.jsonl:1: no line of a run's log"),
-    "moments cut": ("last/trainer.safetensors", half, "no whole checkpoint"),
-    "no moments": ("last/trainer.safetensors", gone, "no whole checkpoint"),
-    "no random state": ("last/trainer.safetensors", moments(without_generator),
-                        "no whole checkpoint"),
-    "moments of another shape": ("last/trainer.safetensors", moments(other_shape),
-                                 "shape [2] instead of [16]"),
-    "weights cut": ("last/model.safetensors", half, "not a readable safetensors file"),
-    "no options": ("options.json", gone, "options.json: no such file"),
-    "other options": ("options.json", lambda data: data.replace(b'"seed": 0', b'"seed": 7'),
-                      "another --seed"),
-}
-
-
-def broken(b, file, change):
+def broken(b, file, change, message):
     """Continues a run of one step, one file of which is broken."""
     path = b.run() / file
     data = change(path.read_bytes())
     path.unlink() if data is None else path.write_bytes(data)
-    return b.sft("--steps", 2)
+    return b.sft("--steps", 2), message
 
 
-for name, (file, change, said) in BROKEN.items():
-    case(f"checkpoint: {name}")(
-        lambda b, file=file, change=change, said=said: (broken(b, file, change), said))
+each(case, "checkpoint: ", broken, [    # name, file of a run, what its bytes become, message
+    ("no counters", "last/trainer.json", gone, "trainer.json: no such file"),
+    ("counters cut", "last/trainer.json", half, "trainer.json: not valid JSON"),
+    ("counters in words", "last/trainer.json", lambda data: b'{"step": "one"}',
+     "trainer.json: step is 'one': expected a whole number"),
+    ("counters below 0", "last/trainer.json", lambda data: b'{"step": -5}', "step is -5"),
+    ("seconds in words", "last/trainer.json", lambda data: b'{"step": 1, "seconds": "x"}',
+     "seconds is 'x'"),
+    ("a best that is none", "last/trainer.json", lambda data: b'{"step": 1, "best": 3}',
+     "best is 3"),
+    ("a log that is none", "log.jsonl", lambda data: b"oops\n" + data,
+     "log.jsonl:1: no line of a run's log"),
+    ("moments cut", "last/trainer.safetensors", half, "no whole checkpoint"),
+    ("no moments", "last/trainer.safetensors", gone, "no whole checkpoint"),
+    ("no random state", "last/trainer.safetensors", moments(without_generator),
+     "no whole checkpoint"),
+    ("moments of another shape", "last/trainer.safetensors", moments(other_shape),
+     "shape [2] instead of [16]"),
+    ("weights cut", "last/model.safetensors", half, "not a readable safetensors file"),
+    ("no options", "options.json", gone, "options.json: no such file"),
+    ("other options", "options.json", lambda data: data.replace(b'"seed": 0', b'"seed": 7'),
+     "another --seed")])
 
 
 @case("checkpoint: a link to nothing")
@@ -123,11 +116,13 @@ def _(b):
     return b.sft(), "out/log.jsonl: not of a run of this program"
 
 
-for name, file in (("no counters", "last/trainer.json"), ("no options", "options.json")):
-    def _(b, file=file):
-        (b.run() / file).write_text("{}")
-        return export(b, b.dir / "mine"), "no whole checkpoint"
-    case(f"checkpoint: {name} to export")(_)
+def empty_object(b, file):
+    (b.run() / file).write_text("{}")
+    return export(b, b.dir / "mine"), "no whole checkpoint"
+
+
+each(case, "checkpoint: ", empty_object, [
+    ("no counters to export", "last/trainer.json"), ("no options to export", "options.json")])
 
 
 @case("checkpoint: none to export")
@@ -169,17 +164,20 @@ OPTIONS = (
     ("grpo --data {dir}/s.jsonl", "--data does nothing beside --mode online"),
     ("grpo --mode offline --world {dir}", "--world does nothing beside --mode offline"),
 )
-for words, said in OPTIONS:
-    def _(b, words=words, said=said):
-        return ["train", *words.format(dir=b.dir).split(), "--model", b.m, "--out", b.out], said
+for words, message in OPTIONS:
+    def _(b, words=words, message=message):
+        words = words.format(dir=b.dir).split()
+        return ["train", *words, "--model", b.m, "--out", b.out], message
     case(f"options: train {words}")(_)
 
 
-for data, said in (("{s}=0", "the share is 0"), ("{s}=nan", "the share is nan"),
-                   ("{s}=x", "--data")):
-    def _(b, data=data, said=said):
-        return b.sft(data=data.format(s=b.w / "steps.jsonl")), said
-    case(f"options: train --data {data}")(_)
+def shared(b, share, message):
+    return b.sft(data=f"{b.w / 'steps.jsonl'}={share}"), message
+
+
+each(case, "options: train --data ", shared, [
+    ("{s}=0", "0", "the share is 0"), ("{s}=nan", "nan", "the share is nan"),
+    ("{s}=x", "x", "--data")])
 
 
 @case("place: a model exported into a folder of something else")
@@ -221,15 +219,12 @@ def test_bad_input_gets_one_line_and_code_2_and_leaves_the_disk_alone(
 # ------------------------------------------------------------------------------------------ exports
 
 def test_an_export_onto_a_full_disk_leaves_no_half_of_a_model(home, tmp_path, capsys):
-    b, before = Bad(home, tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    b = Bad(home, tmp_path)
     b.run()
-    there = disk(tmp_path)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, before[1]))
-    try:
+    before = disk(tmp_path)
+    with full_disk(9000):
         code, lines = call(export(b, tmp_path / "mine"), capsys)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert code == 2 and len(lines) == 1 and "too large" in lines[0] and disk(tmp_path) == there
+    assert code == 2 and len(lines) == 1 and "too large" in lines[0] and disk(tmp_path) == before
     assert call(export(b, tmp_path / "mine"), capsys)[0] == 0
     assert set(os.listdir(tmp_path)) == {"out", "mine"}
 
