@@ -28,7 +28,7 @@ train: .venv/ready data/test/questions.jsonl
 experiment: .venv/ready-dev
 	$(RUN) -m lab.experiment $(if $(QUICK),--quick --out runs/results-quick)
 
-soak: .venv/ready
+soak: .venv/ready-dev
 	$(RUN) tests/soak/soak.py
 
 assignment:

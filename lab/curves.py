@@ -12,7 +12,7 @@ AXES = {"steps": ("step", "updates"), "tokens": ("sampled", "tokens sampled (sft
         "seconds": ("seconds", "seconds of training")}
 PANELS = (      # group, key of the log rows, title, whether its values are shares, what it says
     ("Validation", "validation.f1_recall", "Validation F1-Recall", True, "right answers, greedy"),
-    ("Validation", "validation.route_accuracy", "Validation routing", True, "bases of the gold chain"),
+    ("Validation", "validation.route_accuracy", "Validation routing", True, "bases of gold chains"),
     ("Validation", "validation.retrievals", "Validation retrievals", False, "per question"),
     ("Validation", "validation.malformed", "Validation malformed", False, "steps per question"),
     ("Reward", "reward", "Reward", True, "mean over the outputs (outcome mode: trajectories)"),

@@ -442,8 +442,9 @@ def test_groups_of_another_shape_are_left_out(outputs, tmp_path, capsys):
 
 def test_answers_of_others_may_be_texts(tmp_path):
     """Published rows have no thoughts, and an answer may be its text alone."""
-    other = row("q", ["x"], "x", {"query": "q", "retriever": [TEXT], "answer": "an"}, method="theirs")
-    page = page_of(write_rows(tmp_path / "r.jsonl", [{**other, "llm_answer": "x"}]))
+    plan = {"query": "q", "retriever": [TEXT], "answer": "an"}
+    other = row("q", ["x"], "x", plan, method="theirs", llm_answer="x")
+    page = page_of(write_rows(tmp_path / "r.jsonl", [other]))
     assert page.texts.count("an") == 1 and "gold: " in page.texts
 
 

@@ -1,39 +1,46 @@
-"""Endurance in short: three kills each of training, index building and evaluation, signals, some thousand generated
-inputs, and memory over a few steps. `make soak` is the long version."""
+"""Endurance in short: three kills each of training, index building and evaluation, signals, some
+thousand generated inputs, and memory over a few steps. `make soak` is the long version."""
 import json
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import soak
-from conftest import ROOT
+from conftest import command, made, run
 from parts.steps import BASES
 from parts.vision import load_picture
 from retrieve import KnowledgeBase, world_bases
 
-FEW = SimpleNamespace(seed=0, moments=3, inputs=5000, steps=12, questions=117)
+FEW = soak.SoakOptions(moments=3, inputs=5000, steps=12, questions=117)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("soak") / "w"
-    soak.must(soak.command("lab.world", "--countries", 40, "--questions", 39, "--out", folder))
+    made("lab.world", "--countries", 40, "--questions", 39, "--out", folder)
     return folder
 
 
-@pytest.mark.parametrize("name", ["training", "index", "evaluation"])
-def test_work_that_is_killed_ends_as_if_it_had_not_been(world, tmp_path, monkeypatch, name):
-    works = soak.kinds_of_work(world)
-    monkeypatch.setattr(soak, "kinds_of_work", lambda _: {name: works[name]})
-    report, held = soak.soak_kill(FEW, tmp_path, world)
-    assert held and report[name]["moments"] == 3 and report[name]["killed"] >= 1, report
+def rows_in(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ------------------------------------------------------------------------------- kills and signals
+
+@pytest.mark.parametrize("kind", soak.KINDS)
+def test_work_that_is_killed_ends_as_if_it_had_not_been(world, tmp_path, kind):
+    report, held = soak.soak_kill(FEW, tmp_path, world, [kind])
+    assert held and report[kind]["moments"] == 3 and report[kind]["killed"] >= 1, report
 
 
 def test_what_is_compared_after_a_kill_is_all_that_counts(tmp_path):
@@ -41,9 +48,11 @@ def test_what_is_compared_after_a_kill_is_all_that_counts(tmp_path):
     def folder(name, *rows, weights=b"w"):
         (tmp_path / name / "last").mkdir(parents=True)
         (tmp_path / name / "last" / "model.safetensors").write_bytes(weights)
-        (tmp_path / name / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / name / "rows.jsonl", rows)
         return soak.end_of(tmp_path / name)
-    one, two = {"line": 1, "cost": {"seconds_model": 1, "calls": 2}}, {"line": 2, "cost": {}}
+
+    one = {"line": 1, "cost": {"seconds_model": 1, "calls": 2}}
+    two = {"line": 2, "cost": {}}
     same = folder("a", one, two)
     assert folder("b", two, {"line": 1, "cost": {"seconds_model": 9, "calls": 2}}) == same
     assert folder("lost", one) != same and folder("doubled", one, two, two) != same
@@ -54,88 +63,110 @@ def test_what_is_compared_after_a_kill_is_all_that_counts(tmp_path):
 SIGNALS = pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 
 
+def has_begun(sign):
+    """Whether the folder is there, or the file holds something."""
+    return sign.is_dir() or sign.exists() and sign.stat().st_size > 0
+
+
 def signalled(words, sign, number):
-    """Sends a command a signal once the file `sign` holds something, or the folder is there: (stderr's lines, code)."""
-    process = subprocess.Popen(list(map(str, words)), **soak.QUIET | {"stderr": subprocess.PIPE}, text=True)
+    """Sends a command a signal once it has begun: (stderr's lines, code)."""
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     end = time.time() + 60
-    while not (sign.is_dir() or sign.exists() and sign.stat().st_size) and process.poll() is None and time.time() < end:
+    while not has_begun(sign) and process.poll() is None and time.time() < end:
         time.sleep(0.002)
     process.send_signal(number)
-    return process.communicate()[1].splitlines(), process.returncode
+    _, errors = process.communicate()
+    return errors.splitlines(), process.returncode
 
 
 @SIGNALS
 def test_a_signal_ends_an_evaluation_between_rows(world, tmp_path, number, code):
-    words, sign = soak.kinds_of_work(world)["evaluation"]
-    file = tmp_path / sign
-    errors, ended = signalled(words(tmp_path), file, number)
-    assert ended == code and [line for line in errors if line] == [
+    words, file = soak.work("evaluation", world, tmp_path)
+    errors, ended = signalled(words, file, number)
+    assert ended == code
+    assert [line for line in errors if line] == [
         "infer.py: stopped; with --out, the same command continues"]
-    rows = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
-    assert 0 < len(rows) < 26 and file.read_bytes().endswith(b"\n")
+    assert 0 < len(rows_in(file)) < 26 and file.read_bytes().endswith(b"\n")
 
 
 @SIGNALS
 def test_a_signal_ends_an_index_build_and_keeps_the_finished_shards(world, tmp_path, number, code):
-    """The same command goes on: what was there is not written again, and no base stood there in between."""
-    words, sign = soak.kinds_of_work(world)["index"]
-    errors, ended = signalled(words(tmp_path), tmp_path / sign / "progress" / "1.json", number)
+    """The same command goes on: what was there is not written again, and no base stood there in
+    between."""
+    words, building = soak.work("index", world, tmp_path)
+    errors, ended = signalled(words, building / "progress" / "1.json", number)
     assert ended == code and errors[-1] == "retrieve.py: stopped; the same build continues"
-    assert not any("Traceback" in line for line in errors) and os.listdir(tmp_path) == [sign]
-    kept = {f"0000{i}.hnsw": (tmp_path / sign / f"0000{i}.hnsw").stat().st_mtime_ns for i in (0, 1)}
-    soak.must(words(tmp_path))
-    assert {name: (tmp_path / "kb" / name).stat().st_mtime_ns for name in kept} == kept
-    assert len(KnowledgeBase.load(tmp_path / "kb")) == (world / "text.jsonl").read_text().count("\n")
+    assert not any("Traceback" in line for line in errors)
+    assert os.listdir(tmp_path) == [building.name]
+    shards = ("00000.hnsw", "00001.hnsw")
+    times = [(building / name).stat().st_mtime_ns for name in shards]
+    soak.finish(words)
+    assert [(tmp_path / "kb" / name).stat().st_mtime_ns for name in shards] == times
+    assert len(KnowledgeBase.load(tmp_path / "kb")) == len(rows_in(world / "text.jsonl"))
 
 
 @SIGNALS
-def test_a_signal_while_a_world_gets_its_bases_leaves_none_or_whole_ones(world, tmp_path, number, code):
-    for name in BASES:                                            # larger ones, so that the signal meets the building
-        rows = [json.loads(line) for line in (world / f"{name}.jsonl").read_text().splitlines()]
-        rows = [row | {"id": f"{row['id']} {i}", "image": None} for i in range(20) for row in rows]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = soak.command("infer.py", "--world", tmp_path, "--method", "text", "--question", "Who?", "--threads", 1)
+def test_a_signal_while_a_world_gets_its_bases_leaves_none_or_whole_ones(world, tmp_path, number,
+                                                                         code):
+    for name in BASES:                      # larger ones, so that the signal meets the building
+        rows = rows_in(world / f"{name}.jsonl")
+        many = []
+        for i in range(20):
+            many += [row | {"id": f"{row['id']} {i}", "image": None} for row in rows]
+        write_rows(tmp_path / f"{name}.jsonl", many)
+    words = command("infer.py", "--world", tmp_path, "--method", "text", "--question", "Who?",
+                    "--threads", 1)
     errors, ended = signalled(words, tmp_path / "kb", number)
     assert ended == code and "Traceback" not in "".join(errors)
-    assert set(os.listdir(tmp_path / "kb")) <= {"text", ".text.lock"}                      # nobody holds the lock
-    assert len(world_bases(tmp_path, ["text"])["text"]) == 20 * (world / "text.jsonl").read_text().count("\n")
+    assert set(os.listdir(tmp_path / "kb")) <= {"text", ".text.lock"}       # nobody holds the lock
+    text = world_bases(tmp_path, ["text"])["text"]
+    assert len(text) == 20 * len(rows_in(world / "text.jsonl"))
 
+
+# ------------------------------------------------------------------------------- generated inputs
 
 def test_generated_inputs_raise_nothing_undeclared(tmp_path):
     report, held = soak.soak_fuzz(FEW, tmp_path, None)
-    assert held and sum(part["inputs"] for part in report.values() if isinstance(part, dict)) >= 5000, report["failed"]
+    assert held, report["failed"]
+    inputs = [part["inputs"] for part in report.values() if isinstance(part, dict)]
+    assert sum(inputs) >= 5000
 
 
 def test_that_test_would_see_it(tmp_path, monkeypatch):
     def broken(rng, file):
         raise KeyError("x")
+
     monkeypatch.setattr(soak, "try_text", broken)
-    report, held = soak.soak_fuzz(SimpleNamespace(seed=0, inputs=50), tmp_path, None)
+    report, held = soak.soak_fuzz(replace(FEW, inputs=50), tmp_path, None)
     assert not held and "KeyError" in report["failed"][0] and len(report["failed"]) == 20
 
 
-def test_generated_rows_are_read_as_well_as_refused(tmp_path):
-    """Else the readers' insides would never be reached: of each format some files are read to their end."""
-    for number, (reader, row) in enumerate(soak.FORMATS):
-        read = 0
-        for i in range(200):
-            (tmp_path / "f").write_bytes(soak.some_line(random.Random(f"{number} {i}"), row))
-            try:
-                read += reader(tmp_path / "f") is not None
-            except ValueError:
-                pass
-        assert 20 < read < 190, (number, read)
+@pytest.mark.parametrize("number", range(len(soak.FORMATS)))
+def test_generated_rows_are_read_as_well_as_refused(tmp_path, number):
+    """Else the readers' insides would never be reached: of each format some files are read to
+    their end."""
+    reader, row = soak.FORMATS[number]
+    count = 0
+    for i in range(200):
+        (tmp_path / "f").write_bytes(soak.some_line(random.Random(f"{number} {i}"), row))
+        try:
+            soak.read_whole(reader, tmp_path / "f")
+        except ValueError:
+            continue
+        count += 1
+    assert 20 < count < 190
 
 
 def test_generated_pictures_are_read_as_well_as_refused(tmp_path):
-    read = 0
+    count = 0
     for i in range(200):
         soak.try_picture(random.Random(i), tmp_path / "f")
         try:
-            read += load_picture(tmp_path / "f") is not None
+            load_picture(tmp_path / "f")
         except ValueError:
-            pass
-    assert 20 < read < 180, read
+            continue
+        count += 1
+    assert 20 < count < 180
 
 
 @pytest.mark.parametrize("seed", ["0 pictures 15007", "0 pictures 20079"])
@@ -146,21 +177,24 @@ def test_pictures_that_generated_inputs_found(seed, tmp_path):
         load_picture(tmp_path / "f")
 
 
+# ----------------------------------------------------------------------------------------- memory
+
 def test_the_slope_of_memory_by_hand():
-    rng = np.random.default_rng(0)
-    noise = rng.normal(0, 0.5, 2000)
+    noise = np.random.default_rng(0).normal(0, 0.5, 2000)
     flat = soak.slope([(i, 500 + noise[i]) for i in range(2000)])
-    leak = soak.slope([(i, 500 + noise[i] + 0.02 * i) for i in range(2000)])            # 20 kB each: 30 MB in all
-    assert flat["flat"] and abs(flat["kb_each"]) < 0.2 and not leak["flat"] and abs(leak["kb_each"] - 20) < 1
+    leak = soak.slope([(i, 500 + noise[i] + 0.02 * i) for i in range(2000)])    # 20 kB each
+    assert flat["flat"] and abs(flat["kb_each"]) < 0.2
+    assert not leak["flat"] and abs(leak["kb_each"] - 20) < 1
     assert leak["work"] == 1999 and abs(leak["megabytes"] - 539) < 2
 
 
 def test_the_long_run_in_short(world, tmp_path):
-    report, _ = soak.soak_memory(FEW, tmp_path, world)             # too short for a verdict on the slope
+    report, _ = soak.soak_memory(FEW, tmp_path, world)      # too short for a verdict on the slope
     assert report["training"]["work"] >= 6 and report["routing"]["work"] >= 117
     assert all(part["megabytes"] > 50 for part in report.values())
 
 
 def test_a_mistake_is_one_line_and_code_2():
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "soak" / "soak.py"), "rest"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "soak.py: rest: no such part, there are kill, fuzz, memory\n"
+    done = run("tests/soak/soak.py", "rest")
+    assert done.returncode == 2
+    assert done.stderr == "soak.py: rest: no such part, there are kill, fuzz, memory\n"
