@@ -6,16 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
+from conftest import ROOT
 from plumbing import files
 from plumbing.files import (Progress, json_object, lock, printable, read_json, read_jsonl,
                             replacing, run_command, text_lines, time_left, whole_lines, write_json,
                             write_text)
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def names(folder):
