@@ -6,7 +6,7 @@ nearest documents.
 
 R1-Router asks three such bases (text, text-image, table). They differ only in reader
 (parts/corpora.py) and encoder (parts/encoders.py, parts/pretrained.py). On disk a base is a folder
-(parts/store.py): shards of index and documents, a manifest with the checksum of every file.
+(parts/store.py), in shards of some documents each.
 
 Shapes: N documents, Q queries, D dimension of a vector, C vectors of a chunk, K hits.
 
@@ -17,32 +17,31 @@ encoders and corpus for each step. Exact search stays as an option (index="flat"
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import hnswlib
 import numpy as np
 import torch
 
-from parts.corpora import READERS, checked_doc, distinct, files_of, read_docs
-from parts.encoders import WEIGHT_FREE, passage
+from parts.corpora import READERS, checked_doc, distinct, read_docs, stamps
+from parts.encoders import passage
 from parts.pretrained import EncoderOptions, load_encoder
 from parts.steps import BASES
-from parts.store import (FORMAT, DocFile, Work, check_files, check_target, listed_files,
-                         read_manifest, stem_of, text_sum, write_manifest, write_shard)
-from plumbing.files import (checksum, lock, printable, read_json, real_place, replacing,
-                            run_command, say)
+from parts.store import (DocFile, ResumableBuild, check_files, encoder_of, listed_files,
+                         read_manifest, stem_of, text_sum, up_to_date, write_base)
+from plumbing.files import checksum, lock, printable, read_json, real_place, run_command, say
 from plumbing.options import OneLineParser, add_flags, check_options, fill, from_flags, option
 from plumbing.weights import usable_device
 
-OVERFETCH = 8   # hits beyond k: around the k-th place, document order settles equal scores
 CHUNK = 8192    # documents encoded, or vectors scored by exact search, at a time
+OVERFETCH = 8   # hits asked of an index beyond k, so that of equal ones the first documents stay
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A document that a search brings: its id, its words (title first), its score, and the path of
-    its picture or None."""
+    """A document that a search found: `text` begins with the title, `image` is a path."""
     id: str
     text: str
     score: float
@@ -71,90 +70,89 @@ class IndexOptions:
 
 
 def exact_search(chunks, queries, k, device="cpu"):
-    """The k largest inner products of queries (Q, D) with chunks of rows: scores (Q, k) float32,
-    rows (Q, k) int64.
+    """The k largest inner products of queries (Q, D) with the rows of all chunks (C, D): scores
+    (Q, k) float32, rows (Q, k) int64.
 
     Of equal scores the earlier row comes first, also where not all of them fit. Scores are rounded
     to six decimals: the products of one and the same vector differ in their last bits with its
     place in the chunk.
     """
     queries = torch.from_numpy(queries).to(device)
-    best = queries.new_empty(len(queries), 0)
-    rows = queries.new_empty((len(queries), 0), dtype=torch.long)
+    best_scores = queries.new_empty(len(queries), 0)
+    best_rows = queries.new_empty((len(queries), 0), dtype=torch.long)
     start = 0                                                   # row of the chunk's first vector
     for chunk in chunks:
-        chunk = torch.from_numpy(chunk).to(device).float()                      # (C, D)
-        scores = (queries @ chunk.T).round(decimals=6)                          # (Q, C)
-        size = min(k, len(chunk))
-        values, places = scores.topk(size, dim=1)                               # (Q, <=k)
-        tied = (scores >= values[:, -1:]).sum(1) > size         # (Q,) more are as good as the k-th:
-        in_order = scores[tied].sort(dim=1, descending=True, stable=True)   # topk took any of them
-        places[tied] = in_order.indices[:, :size]                           # slow, and rare
-        places = places.sort(dim=1).values
-        best = torch.cat([best, scores.gather(1, places)], 1)                   # (Q, <=2k)
-        rows = torch.cat([rows, places + start], 1)                             # (Q, <=2k)
-        best, order = best.sort(dim=1, descending=True, stable=True)
-        best = best[:, :k]                                                      # (Q, <=k)
-        rows = rows.gather(1, order[:, :k])                                     # (Q, <=k)
-        start += len(chunk)
-    return best.cpu().numpy(), rows.cpu().numpy()
+        vectors = torch.from_numpy(chunk).to(device).float()                    # (C, D)
+        scores = (queries @ vectors.T).round(decimals=6)                        # (Q, C)
+        size = min(k, len(vectors))
+        top, columns = scores.topk(size, dim=1)                                 # (Q, <=k)
+        # topk takes any of equal scores. Where some are left over, a slower sort takes the first.
+        left_over = (scores >= top[:, -1:]).sum(1) > size                       # (Q,)
+        in_order = scores[left_over].sort(dim=1, descending=True, stable=True).indices
+        columns[left_over] = in_order[:, :size]
+        columns = columns.sort(dim=1).values                                    # earlier row first
+        best_scores = torch.cat([best_scores, scores.gather(1, columns)], 1)    # (Q, <=2k)
+        best_rows = torch.cat([best_rows, columns + start], 1)                  # (Q, <=2k)
+        best_scores, order = best_scores.sort(dim=1, descending=True, stable=True)
+        best_scores = best_scores[:, :k]
+        best_rows = best_rows.gather(1, order[:, :k])
+        start += len(vectors)
+    return best_scores.cpu().numpy(), best_rows.cpu().numpy()
 
 
 class Graph:
-    """An HNSW graph over unit vectors, by hnswlib; the inner product of unit vectors is their
-    cosine.
+    """An HNSW graph by hnswlib over unit vectors, whose inner product is their cosine.
 
-    More than `ef_construction` rows with one and the same vector find only each other and may hide
-    what lies behind them: KnowledgeBase.recall shows it, index "flat" is free of it.
+    More than `ef_construction` equal vectors find only each other, and may hide others from a
+    search: KnowledgeBase.recall shows it, index "flat" is free of it.
     """
     suffix = ".hnsw"
 
-    def __init__(self, index, options):
-        self.index, self.options = index, options
+    def __init__(self, hnsw, options):
+        self.hnsw, self.options = hnsw, options
 
     @classmethod
     def empty(cls, dim, room, options):
         """A graph that will hold `room` vectors of dimension `dim`."""
-        index = hnswlib.Index("ip", dim)
-        index.init_index(room, M=options.M, ef_construction=options.ef_construction,
-                         random_seed=options.seed)
+        hnsw = hnswlib.Index("ip", dim)
+        hnsw.init_index(room, M=options.M, ef_construction=options.ef_construction,
+                        random_seed=options.seed)
         threads = 1 if room <= 20_000 else os.cpu_count()
-        index.set_num_threads(options.threads or threads)
-        return cls(index, options)
+        hnsw.set_num_threads(options.threads or threads)
+        return cls(hnsw, options)
 
     @property
     def count(self):
-        return self.index.get_current_count()
+        return self.hnsw.get_current_count()
 
     def add(self, vectors):
-        rows = np.arange(self.count, self.count + len(vectors))
-        self.index.add_items(vectors, rows)
+        self.hnsw.add_items(vectors)
 
     def save(self, path):
-        self.index.save_index(str(path))
-        whole = self.index.index_file_size()                    # hnswlib does not look by itself
-        if not path.is_file() or path.stat().st_size != whole:
+        self.hnsw.save_index(str(path))
+        size = self.hnsw.index_file_size()                      # hnswlib does not look by itself
+        if not path.is_file() or path.stat().st_size != size:
             raise OSError(f"{path}: could not be written whole: is the disk full?")
 
     @classmethod
     def load(cls, path, dim, options):
-        index = hnswlib.Index("ip", dim)
-        index.load_index(str(path))
-        return cls(index, options)
+        hnsw = hnswlib.Index("ip", dim)
+        hnsw.load_index(str(path))
+        return cls(hnsw, options)
 
     def block(self, start, stop):
-        """The vectors of some rows that follow one another: (n, D) float32."""
-        return self.index.get_items(np.arange(start, stop), return_type="numpy")
+        """The vectors of rows start to stop: (n, D) float32."""
+        return self.hnsw.get_items(np.arange(start, stop), return_type="numpy")
 
     def search(self, queries, k, device):
         """The k <= count nearest rows of queries (Q, D): scores (Q, k) and rows (Q, k)."""
-        self.index.set_ef(max(self.options.ef, k))              # hnswlib does not keep it on disk
+        self.hnsw.set_ef(max(self.options.ef, k))               # hnswlib does not keep it on disk
         try:
-            rows, distances = self.index.knn_query(queries, k)
+            rows, distances = self.hnsw.knn_query(queries, k)
         except RuntimeError as error:
-            if "contiguous" not in str(error):
+            if "contiguous" not in str(error):                  # else: too thin to reach k rows
                 raise
-            return exact_search(chunks_of(self), queries, k, device)    # too thin to reach k rows
+            return exact_search(chunks_of(self), queries, k, device)
         return 1 - distances, rows.astype(np.int64)
 
 
@@ -211,41 +209,28 @@ def build_index(docs, encoder, options, progress=None):
     for start in range(0, len(docs), CHUNK):
         chunk = docs[start:start + CHUNK]
         vectors = encoder.encode_docs(chunk)                                    # (C, D)
-        if vectors.shape != (len(chunk), encoder.dim) or not np.isfinite(vectors).all():
-            raise ValueError(f"encoder {encoder.name!r}: {vectors.shape} for {len(chunk)} "
-                             f"documents of dimension {encoder.dim}, or not finite: nothing was "
-                             "indexed")
+        shape = (len(chunk), encoder.dim)
+        if vectors.shape != shape or not np.isfinite(vectors).all():
+            raise ValueError(f"encoder {encoder.name!r}: vectors of shape {vectors.shape}, "
+                             f"expected {shape}, all finite: nothing was indexed")
         index.add(vectors)
         if progress is not None:
             progress.add(len(chunk))
     return index
 
 
+# ----------------------------------------------------------------------------- the knowledge base
+
 @dataclass(frozen=True)
 class Shard:
-    """A part of a base: an index, and the documents that its rows stand for in the same order (a
-    list or a DocFile)."""
-    index: object
-    docs: object
+    """An index, and the documents that its rows stand for, in the same order."""
+    index: Graph | Flat
+    docs: list | DocFile
 
-    @classmethod
-    def load(cls, folder, number, dim, options):
-        """Opens shard `number` of a base."""
-        kind = INDEXES[options.index]
-        file = folder / (stem_of(number) + kind.suffix)
-        index = kind.load(file, dim, options)
-        docs = DocFile(folder, stem_of(number))
-        if index.count != len(docs):
-            raise ValueError(f"{file}: {index.count} vectors for {len(docs)} documents: build the "
-                             "base again")
-        return cls(index, docs)
-
-
-# ----------------------------------------------------------------------------- the knowledge base
 
 class KnowledgeBase:
     """Documents that can be searched by words, pictures or both."""
-    mark = ""                                       # of a saved base: tells it from all others
+    mark = ""                                       # checksum of a saved base's manifest
 
     def __init__(self, encoder, shards, options, device="cpu"):
         self.encoder, self.shards, self.options, self.device = encoder, shards, options, device
@@ -262,13 +247,9 @@ class KnowledgeBase:
         docs: an iterable of dicts with id, text and optionally title, image (a path). encoder: an
         Encoder or its name.
         """
-        options = IndexOptions(index, M, ef_construction, ef, seed, threads)
         docs = [checked_doc(doc, f"document {number}") for number, doc in enumerate(docs)]
-        docs = list(distinct(docs.copy))
-        if isinstance(encoder, (str, Path)):
-            encoder = load_encoder(encoder)
-        encoder, _ = encoder.fitted(docs)
-        options = replace(options, ef=ef or encoder.ef)
+        encoder, _ = load_encoder(encoder).fitted(distinct(lambda: docs))
+        options = IndexOptions(index, M, ef_construction, ef or encoder.ef, seed, threads)
         shards = [Shard(build_index(docs, encoder, options), docs)] if docs else []
         return cls(encoder, shards, options)
 
@@ -276,26 +257,14 @@ class KnowledgeBase:
         """Writes the base as a folder, whole or not at all."""
         path = real_place(path)
         with lock(path):
-            self.write(path)
-
-    def write(self, path, corpus=None):
-        """What save does, for a caller who holds the lock already. corpus: the checksum of the file
-        that the base follows (load_or_build)."""
-        check_target(path)
-        with replacing(path) as folder:
-            folder.mkdir()
-            records = []
-            for number, shard in enumerate(self.shards):
-                records.append(write_shard(folder, number, shard.index, shard.docs, path))
-            write_manifest(folder, self.encoder, self.options, records, corpus)
+            write_base(path, self)
 
     @classmethod
     def load(cls, path, encoder=None, *, device="cpu", ef=None):
         """Opens a saved base after checking every file of it.
 
-        encoder: an Encoder or a name, the same that the base was built with; default: the one it
-        names. device: where encoders and exact search run. ef: another one than the base was built
-        with.
+        encoder: the Encoder that the base was built with, or its name; default: the one it names.
+        device: where encoders and exact search run. ef: another one than the base was built with.
         """
         path = real_place(path)
         manifest = read_manifest(path)
@@ -303,9 +272,16 @@ class KnowledgeBase:
         check_files(path, manifest)
         options = fill(IndexOptions, manifest["index"], path / "manifest.json")
         options = replace(options, ef=ef or options.ef)
+        kind = INDEXES[options.index]
         shards = []
         for number in range(len(manifest["shards"])):
-            shards.append(Shard.load(path, number, encoder.dim, options))
+            file = path / (stem_of(number) + kind.suffix)
+            index = kind.load(file, encoder.dim, options)
+            docs = DocFile(path, number)
+            if index.count != len(docs):
+                raise ValueError(f"{file}: {index.count} vectors for {len(docs)} documents: build "
+                                 "the base again")
+            shards.append(Shard(index, docs))
         encoder = encoder.restored(read_json(path / "encoder.json"))
         base = cls(encoder, shards, options, usable_device(device))
         base.mark = text_sum(manifest)
@@ -321,33 +297,35 @@ class KnowledgeBase:
         """
         if isinstance(queries, (str, dict)):
             raise ValueError("search takes a list of queries: put the one query into a list")
-        queries = list(queries)
         if not isinstance(k, (int, np.integer)) or k < 1:
             raise ValueError(f"k is {k}: give a whole number of at least 1")
         if not queries or not len(self):
             return [[] for _ in queries]
         scores, rows = self.search_vectors(self.encoder.encode_queries(queries), k)     # (Q, K)
-        return [self.hits(*both) for both in zip(rows.tolist(), scores.tolist())]
+        results = []
+        for query_rows, query_scores in zip(rows.tolist(), scores.tolist()):
+            results.append(list(map(self.hit, query_rows, query_scores)))
+        return results
 
     def search_vectors(self, vectors, k, exact=False):
         """The k best rows for vectors (Q, D): scores (Q, K) float32 and rows (Q, K) int64, K =
         min(k, documents)."""
-        scores_of_shards, rows_of_shards, start = [], [], 0
+        shard_scores, shard_rows, start = [], [], 0
         for shard in self.shards:
             index = shard.index
             reach = min(k + OVERFETCH, index.count)
             if exact:
-                result = exact_search(chunks_of(index), vectors, reach, self.device)
+                scores, rows = exact_search(chunks_of(index), vectors, reach, self.device)
             else:
-                result = index.search(vectors, reach, self.device)
-            scores_of_shards.append(result[0])                   # (Q, reach)
-            rows_of_shards.append(result[1] + start)             # (Q, reach)
+                scores, rows = index.search(vectors, reach, self.device)
+            shard_scores.append(scores)                             # (Q, reach)
+            shard_rows.append(rows + start)                         # (Q, reach)
             start += index.count
-        scores = np.concatenate(scores_of_shards, 1)            # (Q, sum of reaches)
-        rows = np.concatenate(rows_of_shards, 1)                # (Q, sum of reaches)
-        order = np.lexsort((rows, -scores.round(6)), axis=1)    # equal but for rounding: by row
-        order = order[:, :k]                                    # (Q, K)
-        return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+        all_scores = np.concatenate(shard_scores, 1)                # (Q, sum of reaches)
+        all_rows = np.concatenate(shard_rows, 1)                    # (Q, sum of reaches)
+        order = np.lexsort((all_rows, -all_scores.round(6)), axis=1)    # of equal scores by row
+        order = order[:, :k]                                        # (Q, K)
+        return np.take_along_axis(all_scores, order, 1), np.take_along_axis(all_rows, order, 1)
 
     def place(self, row):
         """(shard, row in it) of a row of the whole base."""
@@ -355,16 +333,12 @@ class KnowledgeBase:
             if row < len(shard.docs):
                 return shard, row
             row -= len(shard.docs)
-        raise AssertionError("row beyond the last shard")
 
-    def hits(self, rows, scores):
-        """The documents of one query's rows as hits."""
-        hits = []
-        for row, score in zip(rows, scores):
-            shard, row_in_shard = self.place(row)
-            doc = shard.docs[row_in_shard]
-            hits.append(Hit(doc["id"], passage(doc), score, doc["image"]))
-        return hits
+    def hit(self, row, score):
+        """The document of a row as a hit."""
+        shard, row_in_shard = self.place(row)
+        doc = shard.docs[row_in_shard]
+        return Hit(doc["id"], passage(doc), score, doc["image"])
 
     def recall(self, sample=200, k=10, seed=0):
         """Recall@k of the index against exact search, 0 to 1: how many of its k hits score as well
@@ -391,20 +365,18 @@ class KnowledgeBase:
         return float((scores >= exact[:, -1:] - 1e-5).mean())
 
 
-def encoder_of(manifest, path, encoder=None, device="cpu"):
-    """The encoder of a saved base, or the given one (an Encoder or its name) if it is the same."""
-    built = manifest["encoder"]
-    if encoder is None:
-        encoder = built["name"]
-    if isinstance(encoder, (str, Path)):
-        options = {} if str(encoder) in WEIGHT_FREE else built["options"]
-        encoder = load_encoder(encoder, device, **options)
-    if (encoder.dim, encoder.fingerprint()) != (manifest["dim"], built["fingerprint"]):
-        raise ValueError(f"{path}: built with encoder {built['name']!r} ({built['fingerprint']}, "
-                         f"dimension {manifest['dim']}), not {encoder.name!r} "
-                         f"({encoder.fingerprint()}, dimension {encoder.dim}): use that one or "
-                         "build again")
-    return encoder
+def build_folder(read, encoder, out, options=IndexOptions(), *, shard=500_000, source=""):
+    """Builds a base on disk, shard by shard, in memory bounded by one shard; returns the number of
+    documents.
+
+    read() gives a fresh stream of documents. Killed at any point and started again with the same
+    arguments and the same `source` (any description of the corpus), it goes on after the last
+    finished shard. `out` appears when all is done. ValueError while another process builds there.
+    """
+    out = real_place(out)
+    options = replace(options, ef=options.ef or encoder.ef)
+    with lock(out, wait=False):
+        return ResumableBuild(out, encoder, options, shard, source).run(read, build_index)
 
 
 # ------------------------------------------------------------------------------- bases of a world
@@ -412,41 +384,29 @@ def encoder_of(manifest, path, encoder=None, device="cpu"):
 WORLD_ENCODERS = {"text": "lexical", "image": "pixel", "table": "lexical"}
 
 
-def follows(path, corpus):
-    """Whether the base at `path` was built from the file `corpus` as it is now. A base that names
-    no corpus was put there by somebody (retrieve.py build), and serves as it is."""
-    if not (path / "manifest.json").is_file():
-        return False
-    built_from = read_manifest(path).get("corpus")
-    return built_from is None or built_from == checksum(corpus)
-
-
 def load_or_build(path, corpus, encoder):
     """The base of a plain JSONL corpus, kept at `path`: built on first use, and again when the
-    corpus is another one.
-
-    Of several processes that come at once one builds; the others wait for it and open what it
-    built.
-    """
+    corpus is another one. Of several processes that need it at once, one builds and the others
+    wait."""
     path = real_place(path)
-    if not follows(path, corpus):
+    if not up_to_date(path, corpus):
         with lock(path):
-            if not follows(path, corpus):           # still, now that no other process is at it
-                built_from = checksum(corpus)
+            if not up_to_date(path, corpus):        # no other process built it in the meantime
+                corpus_sum = checksum(corpus)
                 base = KnowledgeBase.build(read_docs(corpus), encoder)
-                base.write(path, built_from)
+                write_base(path, base, corpus_sum)
     return KnowledgeBase.load(path)
 
 
 def world_bases(folder, names=BASES):
     """The bases of a world, kept in its folder kb."""
-    bases = {}
+    folder, bases = Path(folder), {}
     for name in names:
-        corpus = Path(folder) / f"{name}.jsonl"
+        corpus = folder / f"{name}.jsonl"
         if not corpus.is_file():
             raise ValueError(f"{corpus}: no such file: --world takes a folder that lab.world has "
                              "written")
-        bases[name] = load_or_build(Path(folder) / "kb" / name, corpus, WORLD_ENCODERS[name])
+        bases[name] = load_or_build(folder / "kb" / name, corpus, WORLD_ENCODERS[name])
     return bases
 
 
@@ -461,30 +421,6 @@ def load_bases(named):
             raise ValueError(f"--kb {item}: there is a base {name} before it: name each once")
         bases[name] = KnowledgeBase.load(folder)
     return bases
-
-
-# --------------------------------------------------------------------------------- builds on disk
-
-def build_folder(read, encoder, out, options=IndexOptions(), *, shard=500_000, source=""):
-    """Builds a base on disk, shard by shard, in memory bounded by one shard; returns the number of
-    documents.
-
-    read() gives a fresh stream of documents. Killed at any point and started again with the same
-    arguments and the same `source` (any description of the corpus), it goes on after the last
-    finished shard. `out` appears when all is done. ValueError while another process builds there.
-    """
-    if shard < 1:
-        raise ValueError(f"shard is {shard}: give the number of documents of a shard, at least 1")
-    out = real_place(out)
-    options = replace(options, ef=options.ef or encoder.ef)
-    plan = text_sum([FORMAT, source, encoder.fingerprint(), asdict(options), shard])
-    with lock(out, wait=False):
-        check_target(out)
-        work = Work(out, plan)
-        count = work.finished()
-        if count is None:
-            count = work.run(read, encoder, options, shard, build_index)
-    return count
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -523,32 +459,23 @@ class CheckOptions(OpenOptions):
 
 
 def build(args):
-    """Reads a corpus, writes a base."""
+    """Encodes and indexes a corpus; a killed build goes on when started again."""
     o = from_flags(BuildOptions, args)
-    index = from_flags(IndexOptions, args)
+    options = from_flags(IndexOptions, args)
     encoder = load_encoder(o.encoder, o.device, **from_flags(EncoderOptions, args).chosen())
-    if not os.path.exists(args.docs):
-        raise ValueError(f"{args.docs}: no such file")
-
-    def read():
-        return READERS[o.format](args.docs, o.images)
-
-    if next(iter(read()), None) is None:
+    read = partial(READERS[o.format], args.docs, o.images)
+    if not any(read()):
         raise ValueError(f"{args.docs}: holds no document of the format {o.format}")
-    files = []
-    for file in files_of(args.docs):
-        stat = file.stat()
-        files.append([str(file), stat.st_size, stat.st_mtime_ns])
-    count = build_folder(read, encoder, o.out, index, shard=o.shard,
-                         source=[o.format, o.images, files])
+    count = build_folder(read, encoder, o.out, options, shard=o.shard,
+                         source=[o.format, o.images, stamps(args.docs)])
     if encoder.cut:
         say(f"{encoder.cut} documents were longer than the encoder reads and were cut")
     print(f"{o.out}: {count} documents, encoder {encoder.name}, dimension {encoder.dim}, index "
-          f"{index.index}")
+          f"{options.index}")
 
 
 def search(args):
-    """Prints score, id and text of the best documents."""
+    """Prints score, id and text of the best documents for a query."""
     o = from_flags(SearchOptions, args)
     if not args.query.strip() and not o.image:
         raise ValueError("the query is empty: give some words, --image, or both")
@@ -573,7 +500,7 @@ def info(args):
 
 
 def check(args):
-    """Compares all checksums, then measures recall."""
+    """Compares checksums, then measures recall against exact search."""
     o = from_flags(CheckOptions, args)
     base = KnowledgeBase.load(args.kb, o.encoder, device=o.device, ef=o.ef)
     recall = base.recall(o.sample, o.k)
@@ -581,21 +508,16 @@ def check(args):
                       f"recall@{o.k}": round(recall, 4)}))
 
 
-COMMANDS = {        # name -> function, what it does, its options
-    "build": (build, "encode and index a corpus; a killed build goes on when started again",
-              (BuildOptions, EncoderOptions, IndexOptions)),
-    "search": (search, "print the best documents for a query", (SearchOptions,)),
-    "info": (info, "print what a base is made of", ()),
-    "check": (check, "compare checksums, measure recall against exact search", (CheckOptions,)),
-}
+COMMANDS = {"build": (build, BuildOptions, EncoderOptions, IndexOptions),
+            "search": (search, SearchOptions), "info": (info,), "check": (check, CheckOptions)}
 
 
 def command(words):
     """Runs one of the commands."""
     top = OneLineParser(prog="retrieve.py", description="Knowledge bases.")
     commands = top.add_subparsers(required=True, metavar=" | ".join(COMMANDS))
-    for name, (run, text, classes) in COMMANDS.items():
-        parser = commands.add_parser(name, help=text, description=text)
+    for name, (run, *classes) in COMMANDS.items():
+        parser = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         parser.set_defaults(run=run)
         if name == "build":
             parser.add_argument("docs", help="the corpus: a file, or for wiki also a folder")

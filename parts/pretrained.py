@@ -561,10 +561,12 @@ class ClipEncoder(Encoder):
 
 def load_encoder(path_or_name, device="cpu", **options):
     """An encoder: "lexical", "pixel", or a Hugging Face directory of the BERT family, XLM-RoBERTa
-    or CLIP.
+    or CLIP. An Encoder is returned as it is.
 
     options are the fields of EncoderOptions, for directories only.
     """
+    if not isinstance(path_or_name, (str, Path)):
+        return path_or_name
     name, device = str(path_or_name), usable_device(device)
     if name in WEIGHT_FREE:
         if options:

@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from parts.corpora import checked_doc, distinct
-from plumbing.files import (Progress, beside, checksum, put_in_place, read_json, remove, say,
-                            settle, write_json)
+from parts.pretrained import load_encoder
+from plumbing.files import (Progress, beside, checksum, put_in_place, read_json, remove, replacing,
+                            say, settle, write_json)
 
 FORMAT = 1      # of the folder on disk; a base of another format is refused
 
@@ -35,7 +36,9 @@ class DocFile:
     """Documents on disk, each read by its offset when it is needed. Image paths come back joined to
     the base's folder."""
 
-    def __init__(self, folder, stem):
+    def __init__(self, folder, number):
+        """Of shard `number` of the base in `folder`."""
+        stem = stem_of(number)
         self.folder = os.fspath(folder)
         self.offsets = np.load(folder / f"{stem}.offsets.npy")      # (N + 1,) first bytes of lines
         with open(folder / f"{stem}.docs.jsonl", "rb") as file:
@@ -139,7 +142,28 @@ def check_files(path, manifest):
             raise ValueError(f"{file}: altered (checksum differs): build the base again")
 
 
-# ----------------------------------------------------------------------------------------- places
+def encoder_of(manifest, path, encoder=None, device="cpu"):
+    """The encoder of a saved base, or the given one (an Encoder or its name) if it is the same."""
+    built = manifest["encoder"]
+    encoder = load_encoder(encoder or built["name"], device, **built["options"])
+    if (encoder.dim, encoder.fingerprint()) != (manifest["dim"], built["fingerprint"]):
+        raise ValueError(f"{path}: built with encoder {built['name']!r} ({built['fingerprint']}, "
+                         f"dimension {manifest['dim']}), not {encoder.name!r} "
+                         f"({encoder.fingerprint()}, dimension {encoder.dim}): use that one or "
+                         "build again")
+    return encoder
+
+
+def up_to_date(path, corpus):
+    """Whether the base at `path` was built from the file `corpus` as it is now. A base that names
+    no corpus was put there by somebody (retrieve.py build), and serves as it is."""
+    if not (path / "manifest.json").is_file():
+        return False
+    built_from = read_manifest(path).get("corpus")
+    return built_from is None or built_from == checksum(corpus)
+
+
+# --------------------------------------------------------------------------------- whole folders
 
 OWN_FILE = re.compile(r"manifest\.json|encoder\.json|progress"
                       r"|\d{5,}\.(docs\.jsonl|offsets\.npy|hnsw|npy)")
@@ -160,63 +184,80 @@ def check_target(path):
                              "away, nothing was overwritten")
 
 
-class Work:
-    """The build of the base at `out` by a plan: any text that differs where the base would."""
+def write_base(path, base, corpus=None):
+    """Writes a base as a folder, whole or not at all, for a caller who holds the lock of `path`.
+    corpus: the checksum of the file that the base follows."""
+    check_target(path)
+    with replacing(path) as folder:
+        folder.mkdir()
+        records = []
+        for number, shard in enumerate(base.shards):
+            records.append(write_shard(folder, number, shard.index, shard.docs, path))
+        write_manifest(folder, base.encoder, base.options, records, corpus)
 
-    def __init__(self, out, plan):
-        self.out, self.plan = out, plan
+
+class ResumableBuild:
+    """A build of the base at `out`, for a caller who holds its lock. `source` is any description of
+    the corpus: like encoder, options and shard it is the same when a killed build goes on."""
+
+    def __init__(self, out, encoder, options, shard, source):
+        self.out, self.encoder, self.options, self.shard = out, encoder, options, shard
+        self.plan = text_sum([FORMAT, source, encoder.fingerprint(), asdict(options), shard])
         self.folder = beside(out, "building")
         self.notes = self.folder / "progress"
 
-    def begun(self, notes):
-        """What a killed run of this plan noted in a folder of notes when it began, else None."""
-        file = notes / "plan.json"
-        noted = read_json(file) if file.is_file() else None
-        return noted if noted and noted["plan"] == self.plan else None
+    def note_in(self, folder):
+        """What was noted in a folder when this build began; None where there is no note, or that of
+        another build."""
+        file = folder / "plan.json"
+        note = read_json(file) if file.is_file() else None
+        return note if note and note["plan"] == self.plan else None
 
-    def finished(self):
-        """The number of documents, where a run was killed just after its base was put in place."""
-        noted = self.begun(self.out / "progress")
-        if noted is None:
-            return None
-        remove(beside(self.out, "old"))
-        remove(self.out / "progress")
-        return noted["count"]
-
-    def begin(self, read, encoder):
-        """(encoder fitted on the corpus, number of documents): of a killed run of this plan, else
-        of a new one, which looks at every row before the long work begins."""
-        noted = self.begun(self.notes)
-        if noted is not None:
+    def begin(self, read):
+        """(encoder fitted on the corpus, number of documents), from the notes of a killed run, else
+        by a look at every row before the long work begins."""
+        note = self.note_in(self.notes)
+        if note is not None:
             say(f"going on in {self.folder}")
-            return encoder.restored(noted["state"]), noted["count"]
+            return self.encoder.restored(note["state"]), note["count"]
         if (self.notes / "plan.json").is_file():
             say(f"{self.folder} was begun with other options or another corpus: starting anew")
-        encoder, count = encoder.fitted(distinct(read))
+        encoder, count = self.encoder.fitted(distinct(read))
         say(f"{count} documents")
         remove(self.folder)
-        noted = {"plan": self.plan, "count": count, "state": encoder.state()}
-        write_json(self.notes / "plan.json", noted)
+        note = {"plan": self.plan, "count": count, "state": encoder.state()}
+        write_json(self.notes / "plan.json", note)
         return encoder, count
 
-    def run(self, read, encoder, options, shard, build_index):
+    def run(self, read, build_index):
         """Builds what is missing and puts the base in its place; returns the number of documents.
 
-        read() gives a fresh stream of documents, `shard` of which become a shard.
-        build_index(docs, encoder, options, progress) gives the index of a list of them.
+        read() gives a fresh stream of documents. build_index(docs, encoder, options, progress)
+        gives the index of a list of them.
         """
-        encoder, count = self.begin(read, encoder)
+        check_target(self.out)
+        last = self.out / "progress"        # what a build that is in its place deletes at last
+        if self.note_in(last) is None:
+            self.build(read, build_index)
+        count = self.note_in(last)["count"]
+        remove(beside(self.out, "old"))
+        remove(last)
+        return count
+
+    def build(self, read, build_index):
+        """Writes the shards that are missing and the manifest, and puts the folder in its place."""
+        encoder, count = self.begin(read)
         progress = Progress(count, "documents")
         stream = iter(read())
         records = []
-        for number in range(math.ceil(count / shard)):
-            docs = itertools.islice(stream, shard)
+        for number in range(math.ceil(count / self.shard)):
+            docs = itertools.islice(stream, self.shard)
             docs = [checked_doc(doc, f"shard {number}") for doc in docs]
             file = self.notes / f"{number}.json"
             if file.is_file():
                 progress.add(len(docs), earlier=True)
             else:
-                index = build_index(docs, encoder, options, progress)
+                index = build_index(docs, encoder, self.options, progress)
                 write_json(file, write_shard(self.folder, number, index, docs, self.out))
                 index = None                            # else two shards would be in memory
             docs = None
@@ -225,7 +266,5 @@ class Work:
         if documents != count or next(stream, None) is not None:
             raise ValueError(f"{self.out}: the corpus changed while it was read: delete "
                              f"{self.folder} and build again")
-        write_manifest(self.folder, encoder, options, records)
+        write_manifest(self.folder, encoder, self.options, records)
         put_in_place(self.folder, self.out)
-        remove(self.out / "progress")
-        return count

@@ -49,13 +49,13 @@ def _(b):
 @case("corpus: a name with a line feed and an order to the terminal")
 def _(b):
     words = ["retrieve", "build", b.dir / "a\n\x1b[31m", "--out", b.out]
-    return words, "a \ufffd[31m: no such file"
+    return words, "a \ufffd[31m: cannot be read (No such file"
 
 
 @case("corpus: missing")
 def _(b):
     words = ["retrieve", "build", b.dir / "none.jsonl", "--out", b.dir / "kb"]
-    return words, "none.jsonl: no such file"
+    return words, "none.jsonl: cannot be read (No such file"
 
 
 @case("corpus: a page without end")

@@ -297,7 +297,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, script):
     refused("query is empty", "search", kb, " ")
     refused("no knowledge base", "info", tmp_path)
     refused("bad.jsonl:1", "build", tmp_path / "bad.jsonl", "--out", kb)
-    refused("no such file", "build", tmp_path / "no", "--out", kb)
+    refused("No such file", "build", tmp_path / "no", "--out", kb)
     refused("nothing was overwritten", "build", corpus, "--out", tmp_path)
     refused("--shard is 0", "build", corpus, "--out", kb, "--shard", 0)
     refused("unknown encoder", "build", corpus, "--out", kb, "--encoder", "no")

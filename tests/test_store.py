@@ -171,7 +171,7 @@ def test_a_failing_save_leaves_the_old_base(saved, monkeypatch):
         raise OSError("disk full")
 
     _, folder = saved
-    monkeypatch.setattr(retrieve, "write_manifest", fail)
+    monkeypatch.setattr(store, "write_manifest", fail)
     with pytest.raises(OSError):
         KnowledgeBase.build(docs_of("new"), "lexical").save(folder)
     assert len(KnowledgeBase.load(folder)) == 20 and names(folder.parent) == ["kb"]
@@ -392,8 +392,3 @@ def test_a_corpus_that_changes_while_it_is_read_is_refused(tmp_path, second):
     with pytest.raises(ValueError, match="changed"):
         build_folder(lambda: iter(next(passes)), load_encoder("lexical"), tmp_path / "kb", shard=3)
     assert not (tmp_path / "kb").exists()
-
-
-def test_a_shard_of_nothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="shard is 0"):
-        build_folder(lambda: iter(docs_of("x")), load_encoder("lexical"), tmp_path / "kb", shard=0)
