@@ -31,9 +31,10 @@ PANELS = (      # group, key of the log rows, title, whether its values are shar
     ("Update", "loss", "Loss", False, "of the update"),
     ("Update", "grad_norm", "Gradient norm", False, "before clipping"),
     ("Update", "learning_rate", "Learning rate", False, "as used"))
+# for colour-blind eyes, too
 COLOURS = ("#0072b2", "#d55e00", "#00795a", "#a3417f", "#6b5b00", "#3a3a3a", "#2b8cd8")
-DASHES = ("solid", "dashed", "dotted")      # the colours are for colour-blind eyes, too
-SMOOTHING = 25                              # a curve is the mean over the last 1/25 of its points
+DASHES = ("solid", "dashed", "dotted")
+SMOOTHING = 25      # a curve is the mean over the last 1/25 of its points
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from pathlib import Path
 from string import Template
 
 from grpo import Reward
-from lab.curves import AXES, Run, draw_curves, is_number, panels_of, points, styles
+from lab.curves import (AXES, SMOOTHING, Run, draw_curves, is_number, panels_of, points,
+                        styles)
 from parts.evaluate import COLUMNS, Column, evaluate, score_row
 from parts.live import nearest_hops, route_golds
 from parts.pretrained import load_encoder
@@ -575,7 +576,7 @@ def page(runs, results, count=60):
         style=style, script=script, digest=digest, runs=runs_table(runs),
         scores="".join(all_score_tables(runs, results)),
         routing="".join(confusion_tables(results)), curves=panel_pictures(runs),
-        cards="".join(cards), shown=len(cards), all=total)
+        smoothing=SMOOTHING, cards="".join(cards), shown=len(cards), all=total)
 
 
 @dataclass(frozen=True)
