@@ -8,9 +8,9 @@ What flows through this file:
     show    one question as grpo sees it, printed
     export  a checkpoint as a plain model directory
 
-Reading order: sft, then grpo (each on one screen), Online with parts/live.py and parts/groups.py,
-accumulate with parts/batches.py. A run (its folder, optimizer, checkpoints) is plumbing/run.py,
-several GPUs (torchrun) are plumbing/ranks.py.
+Reading order: sft, then grpo (each on one screen), Online with parts/live.py and parts/groups.py
+(Group; Interest: how often a kind of prompt is drawn), accumulate with parts/batches.py. A run (its
+folder, optimizer, checkpoints) is plumbing/run.py, several GPUs (torchrun) are plumbing/ranks.py.
 
 Legend of shapes
     B examples of a batch   T tokens of a row   N groups of a micro-batch
@@ -26,8 +26,6 @@ Deviations from the paper and from the released code, with the reason
       route dies out.
     * Groups without variance are left out of the update, and prompts that are always solved are
       drawn less often.
-    * The KL reference costs no memory where an adapter is trained, and no time where its
-      coefficient is 0.
 """
 import copy
 import math
@@ -48,12 +46,12 @@ from model import VLM
 from parts.batches import Mixture, count_tokens, in_budget, make_batch, pack
 from parts.chat import Processor
 from parts.evaluate import evaluate
-from parts.groups import (Group, Interest, balanced, groups_by_prompt, groups_of, judge, mean_of,
+from parts.groups import (Group, Interest, balanced, groups_by_prompt, groups_of, mean_of, nearness,
                           outcome_reward, reward_metrics)
-from parts.induction import start_previous_token_head
 from parts.live import Live, gold_base, nearest_hops, practice_rows
 from parts.lora import add_lora, load_adapter, lora_disabled, merge_lora
-from parts.modeldir import keep_others, prompts_in, read_model, write_model
+from parts.modeldir import (keep_others, prompts_in, read_model, start_previous_token_head,
+                            write_model)
 from parts.pretrained import load_encoder
 from parts.questions import embedded_world, golds_of, load_questions
 from parts.stepfiles import offline_rows, read_sources, system_prompts
@@ -106,7 +104,7 @@ def sft(o):
     longest = model.config.max_position_embeddings
     mixture = Mixture(sources, partial(count_tokens, processor), o.tokens, o.seed)
     with training_run(o, model, processor, system_prompts(trajectories)) as run:
-        pool, place = run.state.setdefault("place", [0, 0])     # in the mixture
+        pool, place = run.state.setdefault("place", [0, 0])     # of the next batch
         batches = mixture.batches(pool)
         for number in run.updates():
             if place == len(batches):
@@ -140,7 +138,7 @@ def sft(o):
 
 @dataclass(frozen=True)
 class GrpoOptions(TrainOptions):
-    """Step-GRPO and its ablations. The defaults train weights/tiny-warm in the embedded world."""
+    """Step-GRPO and its ablations; by default weights/tiny-warm learns in the embedded world."""
     out: str = option("runs/step-grpo", "folder of the run; an unfinished run there is continued")
     steps: int = option(250, "number of updates", least=1)
     val_every: int = option(50, "updates between validations; 0: none")
@@ -189,8 +187,8 @@ class GrpoOptions(TrainOptions):
     level: str = option("token", "of the loss: mean over all tokens, or over outputs",
                         choices=("token", "sequence"))
     fill: int = option(8, "sample until this many groups of an update teach something (outcome "
-                       "mode has a group for each prompt, and hardly ever samples twice) ...")
-    tries: int = option(4, "... but at most this many times; 1 samples once", least=1)
+                       "mode has a group for each prompt, and hardly ever samples twice)")
+    tries: int = option(4, "sample at most this many times for an update", least=1)
     updates: int = option(1, "passes over a batch of samples; above 1 the clip matters", least=1)
     tokens: int = option(2048, "token budget of a micro-batch of the update: prompts and outputs",
                          least=1)
@@ -207,13 +205,13 @@ def grpo(o):
     model, processor, _ = load_model(o)
     if o.lora_rank:
         add_lora(model, o.lora_rank, o.lora_alpha)
-    rows, bases = practice(o) if o.mode != "offline" else offline(o)
+    rows, bases = offline(o) if o.mode == "offline" else practice(o)
     prompts = prompts_in(o.model)
     router = router_of(o, model, processor, bases, prompts, temperature=o.temperature)
     reference = reference_of(o, model)
     with training_run(o, model, processor, prompts) as run:
         source = SOURCES[o.mode](o, run, router, rows)
-        for number in run.updates():
+        for number in run.updates():                    # which also validates and saves
             began = run.now()
             with run.whole():
                 groups, counts = sample_groups(o, source, number)   # sample, reward, advantage
@@ -229,7 +227,7 @@ def grpo(o):
             for group in groups:
                 candidates += group.candidates
             unfinished = sum(c.token_ids[-1] not in processor.eos_ids for c in candidates)
-            tokens = sum(len(c.token_ids) for c in candidates) + counts.pop("read_on", 0)
+            tokens = sum(len(c.token_ids) for c in candidates) + counts.pop("untrained_tokens", 0)
             run.state["tokens"] += tokens
             row = run.record({                                                      # log
                 "step": number + 1, **reward_metrics(groups), **counts, **mean_of(passes),
@@ -237,22 +235,21 @@ def grpo(o):
                 "tokens": tokens, "tokens_s": tokens / (updated - began),
                 "sample_s": sampled - began - counts["reward_s"], "update_s": updated - sampled})
             run.say(row, without=("asked", "prompts", "mixed"))
-            shown = useful + [group for group in groups if not group.teaches]
-            run.record_samples(number + 1, [group.as_row() for group in shown[:2]])
-            # run.updates validates and saves
+            useful_first = useful + [group for group in groups if not group.teaches]
+            run.record_samples(number + 1, [group.as_row() for group in useful_first[:2]])
 
 
 def sample_groups(o, source, number):
-    """Groups for an update, with their advantages, and what was counted.
+    """Groups for an update, with their advantages, and {metric: value} of the sampling.
 
     Sampling goes on until `fill` groups teach something, at most `tries` times (dynamic sampling,
     DAPO, 2503.14476). Near the end of training one group in twenty does; and since Adam takes a
     step of the same size however few groups it is made of, updates from one or two of them are
     noise that wears down what was learned.
     """
-    groups, counts = [], []
+    groups, all_counts = [], []
     for i in range(o.tries):
-        new_groups, count = source.groups(random.Random(f"{o.seed} {number} {i}"))
+        new_groups, counts = source.groups(random.Random(f"{o.seed} {number} {i}"))
         for group in new_groups:
             if not group.finite:
                 raise FloatingPointError(f"step {number + 1}: the policy's probabilities are no "
@@ -261,23 +258,23 @@ def sample_groups(o, source, number):
             if o.mode != "outcome":             # there the group is the question, not the prompt
                 set_advantages(o, group)
         groups += new_groups
-        counts.append(count)
+        all_counts.append(counts)
         if sum(group.teaches for group in groups) >= o.fill:
             break
     if not groups:
         raise ValueError(f"step {number + 1}: no prompt was left to sample, "
-                         f"{counts[-1]['too_long']} were too long for the model; lower "
+                         f"{counts['too_long']} were too long for the model; lower "
                          "--max-new-tokens or -k")
-    all_counts = mean_of(counts)
-    for name in ("too_long", "reward_s", "read_on"):            # these add up
-        if name in all_counts:
-            all_counts[name] = sum(count[name] for count in counts)
-    return groups, all_counts
+    metrics = mean_of(all_counts)
+    for name in metrics.keys() & {"too_long", "reward_s", "untrained_tokens"}:  # these add up
+        metrics[name] = sum(counts[name] for counts in all_counts)
+    return groups, metrics
 
 
 def set_advantages(o, group):
-    rewards = torch.tensor(group.rewards)
-    group.advantages = group_advantages(rewards, torch.zeros(len(rewards)), o.scale)    # Eq. 3
+    rewards = torch.tensor(group.rewards)                                               # (n,)
+    one_group = torch.zeros_like(rewards)
+    group.advantages = group_advantages(rewards, one_group, o.scale)                    # Eq. 3
 
 
 # --------------------------------------------------------------------------- where groups come from
@@ -290,13 +287,13 @@ class Offline:
         self.steps = []
         for steps in trajectories:
             self.steps += steps
-        self.places = {id(step): str(place) for place, step in enumerate(self.steps)}
+        self.keys = {id(step): str(place) for place, step in enumerate(self.steps)}
         queries = [{"text": step.answer["query"]} for step in self.steps if step.kind == "ret"]
         self.encoder, _ = load_encoder(o.encoder).fitted(queries)
         self.interest = Interest(o.rest, run.state.setdefault("interest", {}))
 
     def key(self, step):
-        return self.places[id(step)]
+        return self.keys[id(step)]
 
     def groups(self, rng):
         o = self.o
@@ -319,8 +316,8 @@ def timed_groups(o, run, prompts, outputs, encoder):
 
 
 def rewards_of(o, encoder, outputs):
-    """Rewards of [(output, gold steps that would be right)], Eq. 1 and 2: each by the gold step
-    that is nearest to it. One call of the encoder for all."""
+    """The Rewards of [(output, gold steps)], Eq. 1 and 2, each by the gold step nearest to it. One
+    call of the encoder measures all of them."""
     options = RewardOptions(o.form, o.similarity_weight, o.route_weight, o.answer_rule, o.price)
     texts, steps = [], []
     for output, golds in outputs:
@@ -328,13 +325,10 @@ def rewards_of(o, encoder, outputs):
         steps += golds
     similarity = similarity_table(texts, steps, encoder.encode_queries, o.form)
 
-    def reward(output, gold):
-        return step_reward(output, gold, similarity, options)
-
     rewards = []
     for output, golds in outputs:
-        nearest, _ = judge(output, golds, reward)
-        rewards.append(nearest)
+        by_gold = [step_reward(output, gold, similarity, options) for gold in golds]
+        rewards.append(max(by_gold, key=nearness))
     return rewards
 
 
@@ -346,11 +340,12 @@ class Online:
         self.o, self.run, self.router, self.rows = o, run, router, rows
         self.encoder = router.bases["text"].encoder
         self.interest = Interest(o.rest, run.state.setdefault("interest", {}))
-        self.by_first = {}                      # gold base of the first hop -> numbers of questions
+        self.by_first_base = {}                 # gold base of the first hop -> numbers of questions
         for number, row in enumerate(rows):
-            self.by_first.setdefault(gold_base(row["hops"]), []).append(number)
-        self.opened = 0                         # how many questions
-        self.reward_s, self.read_on = 0.0, 0    # seconds of judging, tokens without training
+            self.by_first_base.setdefault(gold_base(row["hops"]), []).append(number)
+        self.opened = 0                         # how many questions so far
+        self.reward_s = 0.0                     # seconds of judging
+        self.untrained_tokens = 0               # sampled to go on, not to learn from
         self.under_way = []
         for number, outputs in run.state.get("live", []):
             self.under_way.append(self.replay(number, outputs))
@@ -361,13 +356,14 @@ class Online:
 
     def replay(self, number, outputs):
         """Brings a trajectory to where a checkpoint left it: the same outputs are followed, what
-        they asked for is searched again."""
+        they asked for is searched again. An output None: its prompt was too long."""
         live = self.start(number)
         for text in outputs:
             candidates = ()
             if text is not None:
-                candidates = (Candidate(text, (), (), parse_step(text)),)
-            self.follow([live], [self.router.step(live.question, (), candidates, 0)])
+                candidates = (Candidate(text, token_ids=(), logps=(), parsed=parse_step(text)),)
+            step = self.router.step(live.question, (), candidates, followed=0)
+            self.follow([live], [step])
             self.search([live])
         return live
 
@@ -375,7 +371,7 @@ class Online:
         """Questions are drawn so that first steps, too, are even over the routes."""
         pool = range(len(self.rows))
         if self.o.balance:
-            pool = self.by_first[rng.choice(sorted(self.by_first))]
+            pool = self.by_first_base[rng.choice(sorted(self.by_first_base))]
         some = rng.sample(pool, min(4, len(pool)))
         [number] = self.interest.choose(some, 1, self.first_key, rng)
         return self.start(number)
@@ -391,20 +387,20 @@ class Online:
             self.under_way.append(self.new_question(rng))
         with_golds = [live for live in self.under_way if live.golds()]
         chosen = balanced(o, with_golds, Live.key, self.interest, rng)
-        # answers that were not drawn are read on with one sample, without training
+        # of the others, routing steps wait, and the rest go on with one output, without training
         others = [live for live in self.under_way
                   if live not in chosen and live.request.kind != "route"]
-        self.reward_s, self.read_on = 0.0, 0
+        self.reward_s, self.untrained_tokens = 0.0, 0
         groups = self.advance(chosen, o.group, rng)
         self.advance(others, 1, rng)
         self.search(self.under_way)
         self.under_way = [live for live in self.under_way if live.request is not None]
         self.run.state["live"] = [(live.number, live.outputs) for live in self.under_way]
         return groups, {"too_long": len(chosen) - len(groups), "reward_s": self.reward_s,
-                        "read_on": self.read_on}
+                        "untrained_tokens": self.untrained_tokens}
 
     def advance(self, questions, n, rng):
-        """Samples n outputs for each question and follows one. Returns the groups, where n > 1."""
+        """Samples n outputs for each question, follows one. Returns the groups; none if n = 1."""
         conversations = [live.conversation() for live in questions]
         outputs = self.router.sample(conversations, self.run.generator, n)
         groups = [None] * len(questions)
@@ -415,7 +411,7 @@ class Online:
         for live, (prompt_ids, candidates), group in zip(questions, outputs, groups):
             choice = rng.randrange(max(1, len(candidates)))
             if group is None:
-                self.read_on += sum(len(candidate.token_ids) for candidate in candidates)
+                self.untrained_tokens += sum(len(candidate.token_ids) for candidate in candidates)
             else:
                 self.interest.learn(live.key(), group.solved)
                 if self.o.follow == "best":
@@ -425,8 +421,8 @@ class Online:
         return [group for group in groups if group is not None]
 
     def follow(self, questions, steps):
-        """The questions go on, each with its step; their sub-questions are matched with the open
-        hops in one call."""
+        """The questions go on, each with its step; one call of the encoder matches all their
+        sub-questions with open hops."""
         routed, queries_and_hops = [], []
         for live, step in zip(questions, steps):
             if step.route:
@@ -439,7 +435,7 @@ class Online:
             live.follow(step)
 
     def search(self, questions):
-        """The questions that wait for evidence get it."""
+        """Those questions that wait for evidence get it."""
         waiting = [live.question for live in questions if isinstance(live.request, Search)]
         self.router.search(waiting)
 
@@ -498,8 +494,8 @@ SOURCES = {"offline": Offline, "online": Online, "outcome": Outcome}
 # --------------------------------------------------------------------------------------- the update
 
 def accumulate(o, model, reference, processor, groups):
-    """The gradient of one update over all groups, micro-batch by micro-batch. Returns the metrics
-    of the whole. Every rank knows all groups and takes its share."""
+    """The gradient of one update over all groups, micro-batch by micro-batch. Returns its metrics.
+    Every rank knows all groups and takes its share."""
     tokens = sum(group.output_tokens() for group in groups)
     outputs = sum(len(group.candidates) for group in groups)
     normalizer = tokens if o.level == "token" else outputs
@@ -508,8 +504,8 @@ def accumulate(o, model, reference, processor, groups):
     batches = in_budget(mine(groups), Group.size, o.tokens)
     loss_sum = kl_sum = entropy_sum = clipped_sum = 0.0
     ratio_min, ratio_max = math.inf, -math.inf
-    for part, weight in in_step(batches, groups[:1]):
-        inputs, old, advantages, route = pack(processor, part, o.device, o.entropy_coef > 0)
+    for batch, weight in in_step(batches, groups[:1]):      # weight 0: other ranks have one more
+        inputs, old, advantages, route = pack(processor, batch, o.device, o.entropy_coef > 0)
         mask = inputs["mask"]                                                       # (N n, L)
         logp, entropy = model.group_log_probs(**inputs, temperature=o.temperature,
                                               entropy="grad" if o.entropy_coef else "value")
@@ -538,8 +534,8 @@ def accumulate(o, model, reference, processor, groups):
 
 
 def reference_of(o, model):
-    """The reference policy of the KL term, as a context: the base with its adapter off, or a frozen
-    copy of the start, whole on every rank."""
+    """reference(model) -> the reference policy of the KL term, as a context: the model with its
+    adapter off, or a frozen copy of the start, whole on every rank."""
     if not o.kl_coef or o.lora_rank:
         return lora_disabled
     frozen = copy.deepcopy(model).requires_grad_(False)
@@ -561,16 +557,15 @@ class RankRouter(Router):
 
 
 def router_of(o, model, processor, bases, prompts, **more):
-    """A router with the options of this training, as far as it has them."""
-    for name in ("k", "max_steps", "max_new_tokens", "call_tokens"):
-        if hasattr(o, name):
-            more[name] = getattr(o, name)
+    """A router with the options of this training; in sft, which has none, with the defaults."""
+    if isinstance(o, GrpoOptions):
+        more |= {name: getattr(o, name)
+                 for name in ("k", "max_steps", "max_new_tokens", "call_tokens")}
     return RankRouter(model, processor, bases, prompts=prompts, **more)
 
 
 def load_model(o):
-    """The model, its processor, and whether its weights are random: where the directory holds a
-    config alone."""
+    """The model, its processor, and whether its weights are random: a directory without weights."""
     path, dtype = Path(o.model), getattr(torch, o.dtype)
     if not path.is_dir():
         raise ValueError(f"--model {path}: no such directory")
@@ -600,7 +595,7 @@ def offline(o):
     """The trajectories of the step files that --data names, and no bases."""
     if o.world:
         raise ValueError("--world does nothing beside --mode offline: give --data step files")
-    return offline_rows(o.data, o.drop), {base: None for base in BASES}
+    return offline_rows(o.data, o.drop), dict.fromkeys(BASES)
 
 
 def training_run(o, model, processor, prompts):
@@ -639,7 +634,7 @@ def show(o):
         raise ValueError(f"--question {o.question}: the world has questions 0 to {len(rows) - 1}")
     router = router_of(o, model, processor, bases, prompts_in(o.model), temperature=o.temperature)
     generator = torch.Generator(o.device).manual_seed(o.seed)
-    run = SimpleNamespace(state={}, generator=generator, now=time.time)
+    run = SimpleNamespace(state={}, generator=generator, now=time.time)     # all that Online needs
     source, rng = Online(o, run, router, rows), random.Random(o.seed)
     live = source.start(o.question)
     print(f"{live.row['question']}   gold: {' | '.join(map(str, golds_of(live.row)))}")
@@ -702,12 +697,15 @@ COMMANDS = {"sft": (SftOptions, sft), "grpo": (GrpoOptions, grpo), "show": (Show
 
 
 def command(words):
-    """One of COMMANDS with its flags; without any word: Step-GRPO in the embedded world."""
-    name, *flags = words or ["grpo"]
+    """One of COMMANDS with its flags; without any word, what the commands do."""
+    name, *flags = words or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: train.py COMMAND [options]; train.py COMMAND --help lists them\n")
+        for name, (options, _) in COMMANDS.items():
+            print(f"  {name:8}{options.__doc__}")
+        return
     if name not in COMMANDS:
-        print(f"usage: train.py {{{','.join(COMMANDS)}}} [options]; train.py sft --help lists them",
-              file=sys.stderr)
-        return 0 if name in ("-h", "--help") else 2
+        raise ValueError(f"{name}: no such command; usage: train.py {{{','.join(COMMANDS)}}}")
     options, function = COMMANDS[name]
     parser = OneLineParser(prog=f"train.py {name}", description=options.__doc__)
     add_flags(parser, options)

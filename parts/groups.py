@@ -100,21 +100,9 @@ class Group:
         return lines
 
 
-def judge(output, golds, reward):
-    """What an output earned, by that gold step which it is nearest to -> (Reward, gold step).
-
-    reward(output, gold) -> Reward. Nearest: with the most similar sub-question, then the largest
-    total.
-    """
-    best = best_gold = None
-    for gold in golds:
-        earned = reward(output, gold)
-        if best is None or nearness(earned) > nearness(best):
-            best, best_gold = earned, gold
-    return best, best_gold
-
-
 def nearness(reward):
+    """What makes an output nearest to a gold step: the similarity of its sub-question, then the
+    total."""
     return reward.similarity or 0.0, reward.total
 
 

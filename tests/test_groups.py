@@ -7,7 +7,7 @@ import torch
 
 import train
 from grpo import Reward, group_advantages
-from parts.groups import (Group, Interest, balanced, groups_of, judge, mean_of, outcome_reward,
+from parts.groups import (Group, Interest, balanced, groups_of, mean_of, nearness, outcome_reward,
                           quotas, reward_metrics)
 from parts.steps import parse_step
 from parts.trajectory import Candidate
@@ -33,16 +33,11 @@ class Prompt:
 # ------------------------------------------------------------------------------------------ judging
 
 def test_an_output_is_judged_by_the_nearest_gold_and_then_the_larger_total():
-    rewards = {"a": Reward(0.9, 1.0, 0.3, 1.0), "b": Reward(0.3, 1.0, 0.6, 0.0),
-               "c": Reward(0.8, 1.0, 0.6, 1.0), "d": Reward(0.8, 1.0, 0.6, 1.0)}
-
-    def nearest(golds):
-        return judge("output", golds, lambda output, gold: rewards[gold])
-
-    assert nearest("ab") == (rewards["b"], "b")         # nearer, though it pays less
-    assert nearest("bcd") == (rewards["c"], "c")        # as near: what pays more, the first of it
-    answer = Reward(0.0, 1.0, answer=0.0)
-    assert judge("x", ["gold"], lambda output, gold: answer) == (answer, "gold")
+    a, b = Reward(0.9, 1.0, 0.3, 1.0), Reward(0.3, 1.0, 0.6, 0.0)
+    c, same = Reward(0.8, 1.0, 0.6, 1.0), Reward(0.8, 1.0, 0.6, 1.0)
+    assert max([a, b], key=nearness) is b               # nearer, though it pays less
+    assert max([b, c, same], key=nearness) is c         # as near: what pays more, the first of it
+    assert nearness(Reward(0.4, 1.0, answer=0.4)) == (0.0, 0.4)
 
 
 def test_groups_are_made_of_all_outputs_by_one_call():

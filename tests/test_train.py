@@ -19,7 +19,7 @@ from model import VLM, rotate
 from parts.batches import make_batch, pack, route_tokens
 from parts.chat import Processor
 from parts.groups import Group, reward_metrics
-from parts.induction import start_previous_token_head
+from parts.modeldir import start_previous_token_head
 from parts.stepfiles import read_steps, step_output
 from parts.steps import BASES, parse_step, render_route
 from parts.trajectory import Candidate, Step
@@ -456,8 +456,11 @@ def test_wrong_options_end_with_one_line_and_code_2(tmp_path, words, message):
     assert done.stderr.count("\n") == 1 and not os.listdir(tmp_path)
 
 
-def test_help_lists_the_flags_of_a_command():
-    assert run("train.py", "--help").returncode == 0
+def test_help_lists_the_commands_and_the_flags_of_each():
+    alone = run("train.py")
+    assert alone.returncode == 0 and alone.stdout == run("train.py", "--help").stdout
+    for name, (options, _) in train.COMMANDS.items():
+        assert f"  {name:8}{options.__doc__}\n" in alone.stdout
     done = run("train.py", "grpo", "--help")
     assert done.returncode == 0 and "-k N" in done.stdout and "--no-balance" in done.stdout
     assert "samples of a prompt: the group G [8]" in " ".join(done.stdout.split())
