@@ -98,6 +98,8 @@ def test_a_range_scores_as_the_list_it_stands_for(low, high):
     # the integers are those from int(low) to int(high), both cut towards 0
     (6.5, 7.5, ["6", "7", "6.5", "7.5"], ["5", "8", "6.49", "7.51"]),
     (-3.5, -1.5, ["3", "2", "1", "3.5", "1.5"], ["4", "0", "1.49", "3.51"]),
+    # the grid is rounded to 3 places
+    (1.0625, 1.1, ["1.062", "1"], ["1.0625", "1.061"]),
     # numbers are written as Python writes them
     (0, 5, ["2.5"], ["2.50", "02.5", "2,5", "two and a half", "9" * 400]),
 ])
