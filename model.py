@@ -17,8 +17,8 @@ Sources: Qwen2.5-VL (arXiv 2502.13923), M-RoPE (Qwen2-VL, arXiv 2409.12191), gro
 
 Deviations from the released model code, with the reason
     * Pictures only, no video: the paper has none.
-    * The keys and values of a prompt are stored once for all its n samples, instead of n times. A
-      prompt leaves the batch when all its samples have ended, and several leave at a time.
+    * The keys and values of a prompt are stored once for all its n samples, instead of n times.
+    * Prompts whose samples have all ended leave the batch, several at a time.
     * `log_probs` applies the head to response tokens only, and in chunks: a (B, T, V) tensor in
       float32 never exists.
     * `group_log_probs` computes a prompt once for all its responses (prefix sharing).
@@ -43,6 +43,25 @@ from plumbing.weights import read_weights, usable_device, weight_files, write_sh
 
 # ------------------------------------------------------------------------------------------ decoder
 
+def real_tokens(input_ids, attention_mask):
+    """(B, T) bool, False at padding. Without an attention_mask there is none."""
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    return attention_mask.bool()
+
+
+def causal_mask(valid, new=None):
+    """True where a token sees a slot: the valid ones up to its own, and always its own. Padding
+    would else see nothing, and a softmax over nothing is NaN.
+
+    valid (..., slots) bool, new (T,) the tokens' slots, by default all -> (..., T, slots) bool.
+    """
+    slot = torch.arange(valid.shape[-1], device=valid.device)
+    own = (slot if new is None else new)[:, None]                   # (T, 1)
+    usable = valid[..., None, :] | (slot == own)
+    return usable & (slot <= own)
+
+
 class KVCache:
     """Keys and values of all tokens read so far, in two parts.
 
@@ -54,59 +73,53 @@ class KVCache:
     that all steps have the same shapes, and one recorded as a CUDA graph can be replayed.
     """
 
-    def __init__(self, valid, fused=None):
+    def __init__(self, valid, fused=()):
         """valid (N, P) bool: False where a prompt is padded. fused: see Decoder.fused_weights."""
         self.valid = valid                          # after `share` (N, n, slots)
-        self.fused = fused or {}
+        self.fused = fused
         self.reading_prompt = True
-        self.prompts = []                           # for each layer keys, values (N, KV, P, D)
+        self.prompt_kv = []                         # for each layer keys, values (N, KV, P, D)
 
     def keep_prompt(self, k, v):
         """Stores the prompts' keys and values (N, KV, P, D) of the next layer."""
-        self.prompts.append((k.contiguous(), v.contiguous()))
+        self.prompt_kv.append((k.contiguous(), v.contiguous()))
 
     def share(self, n, room, static=False):
         """Ends prefill: each prompt gets n samples, and each sample room for that many tokens."""
-        N, P = self.valid.shape
-        k, _ = self.prompts[0]
-        _, KV, _, D = k.shape
+        k, _ = self.prompt_kv[0]
+        N, KV, P, D = k.shape
         self.reading_prompt = False
         self.static = static
-        self.own = k.new_zeros(len(self.prompts), 2, N, KV, n, room, D)     # 2: keys and values
+        self.own_kv = k.new_zeros(len(self.prompt_kv), 2, N, KV, n, room, D)    # 2: keys, values
         prompt_valid = self.valid[:, None].expand(N, n, P)
         self.valid = F.pad(prompt_valid, (0, room), value=True)             # (N, n, P + room)
-        self.filled = P                                 # how many slots hold a token: here, and
-        self.end = torch.tensor(P, device=k.device)     # on the device
+        self.filled = P                                 # slots that hold a token
+        self.end = torch.tensor(P, device=k.device)     # the same on the device
 
     def select(self, prompts):
         """Keeps these prompts, (N',) long, with their samples; the others leave the batch."""
-        self.prompts = [(k[prompts], v[prompts]) for k, v in self.prompts]
-        self.own = self.own[:, :, prompts]
+        self.prompt_kv = [(k[prompts], v[prompts]) for k, v in self.prompt_kv]
+        self.own_kv = self.own_kv[:, :, prompts]
         self.valid = self.valid[prompts]
 
     def extend(self, T, valid=None):
-        """Makes place for T more tokens of each sample, and settles for all layers what they see:
-        the prompt, the sample's earlier tokens, and of the new ones those before them.
+        """Makes place for T more tokens of each sample, and settles what they see in all layers:
+        the prompt, and their sample up to themselves.
 
         valid (B, T) bool: False where a new token is padding.
         """
-        N, n, slots = self.valid.shape
-        device = self.end.device
-        self.new = self.end + torch.arange(T, device=device)        # (T,) the slots they take
+        N, n, all_slots = self.valid.shape
+        self.new = self.end + torch.arange(T, device=self.end.device)   # (T,) the slots they take
         self.end += T
         self.filled += T
         if valid is not None:
             self.valid[:, :, self.new] = valid.view(N, n, T)
 
-        seen = slots if self.static else self.filled
-        slot = torch.arange(seen, device=device)                    # (seen,)
-        new = self.new[:, None]                                     # (T, 1)
-        usable = self.valid[:, :, None, :seen]                      # (N, n, 1, seen)
-        usable = usable | (slot == new)             # padding sees itself: no softmax over nothing
-        sees = usable & (slot <= new)                               # (N, n, T, seen)
-        bias = torch.zeros_like(sees, dtype=self.own.dtype)
-        bias.masked_fill_(~sees, -torch.inf)
-        self.bias = bias[:, None, :, None]                          # (N, 1, n, 1, T, seen)
+        slots = all_slots if self.static else self.filled               # P + S
+        mask = causal_mask(self.valid[..., :slots], self.new)           # (N, n, T, P + S)
+        bias = torch.zeros_like(mask, dtype=self.own_kv.dtype)
+        bias.masked_fill_(~mask, -torch.inf)
+        self.bias = bias[:, None, :, None]                              # (N, 1, n, 1, T, P + S)
 
     def attend(self, layer, q, k, v):
         """Stores keys and values of the new tokens; returns their attention over all they see.
@@ -115,18 +128,18 @@ class KVCache:
         query heads that share a key head, become rows of one matrix product: the prompt's keys are
         read from memory once for all of them.
         """
-        prompt_k, prompt_v = self.prompts[layer]                    # (N, KV, P, D) each
+        prompt_k, prompt_v = self.prompt_kv[layer]                  # (N, KV, P, D) each
         N, KV, P, D = prompt_k.shape
         B, H, T, _ = q.shape
         n = B // N
         g = H // KV
 
-        own_k, own_v = self.own[layer]                              # (N, KV, n, room, D) each
-        place = self.new - P                                        # (T,)
+        own_k, own_v = self.own_kv[layer]                           # (N, KV, n, room, D) each
+        new = self.new - P                                          # (T,) places in the own part
         k = k.view(N, n, KV, T, D).transpose(1, 2)                  # (N, KV, n, T, D)
         v = v.view(N, n, KV, T, D).transpose(1, 2)
-        own_k.index_copy_(3, place, k)
-        own_v.index_copy_(3, place, v)
+        own_k.index_copy_(3, new, k)
+        own_v.index_copy_(3, new, v)
         S = self.bias.shape[-1] - P
         own_k = own_k[..., :S, :]                                   # (N, KV, n, S, D)
         own_v = own_v[..., :S, :]
@@ -149,8 +162,9 @@ class KVCache:
 class Attention(nn.Module):
     """Grouped-query attention: g query heads share a key/value head; q, k and v have biases."""
 
-    def __init__(self, c):
+    def __init__(self, c, layer):
         super().__init__()
+        self.layer = layer                                          # its number
         self.heads = c.num_attention_heads
         self.kv_heads = c.num_key_value_heads
         self.head_dim = c.head_dim
@@ -161,9 +175,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, kv_size)
         self.o_proj = nn.Linear(q_size, c.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, mask, cache, layer):
+    def forward(self, x, cos, sin, mask, cache):
         B, T, _ = x.shape
-        qkv = self.project(x, cache, layer)                         # (B, T, (H + 2 KV) D)
+        qkv = self.project(x, cache)                                # (B, T, (H + 2 KV) D)
         qkv = qkv.view(B, T, -1, self.head_dim).transpose(1, 2)     # (B, H + 2 KV, T, D)
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         qk = rotate(qk, cos, sin)
@@ -174,14 +188,14 @@ class Attention(nn.Module):
             if cache is not None:
                 cache.keep_prompt(k, v)
         else:                                                       # decode
-            y = cache.attend(layer, q, k, v)
+            y = cache.attend(self.layer, q, k, v)
         y = y.transpose(1, 2).reshape(B, T, -1)                     # (B, T, H D)
         return self.o_proj(y)
 
-    def project(self, x, cache, layer):
+    def project(self, x, cache):
         """Queries, keys and values side by side: (B, T, C) -> (B, T, (H + 2 KV) D)."""
-        if cache is not None and layer in cache.fused:
-            weight, bias = cache.fused[layer]
+        if cache is not None and self.layer in cache.fused:
+            weight, bias = cache.fused[self.layer]
             return F.linear(x, weight, bias)
         q = self.q_proj(x)
         k = self.k_proj(x)
@@ -190,18 +204,16 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, layer):
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c)
+        self.self_attn = Attention(c, layer)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = SwiGLU(c.hidden_size, c.intermediate_size, bias=False)
 
-    def forward(self, x, cos, sin, mask, cache, layer):
-        normed = self.input_layernorm(x)
-        x = x + self.self_attn(normed, cos, sin, mask, cache, layer)
-        normed = self.post_attention_layernorm(x)
-        return x + self.mlp(normed)
+    def forward(self, x, cos, sin, mask, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
@@ -209,7 +221,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.c = c
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(c, i) for i in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.gradient_checkpointing = False
 
@@ -234,43 +246,29 @@ class Decoder(nn.Module):
         """
         cos, sin = self.angles(positions)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        for i, layer in enumerate(self.layers):
+        for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, mask, cache, i, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, mask, cache, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, cache, i)
+                x = layer(x, cos, sin, mask, cache)
         return self.norm(x)
 
     def fused_weights(self):
-        """{layer: (weight, bias)}: those of q, k and v below one another, so that decoding needs
-        one matrix product instead of three. Layers with an adapter there are left out.
+        """{number of a layer: (weight, bias)}: those of q, k and v below one another, so that
+        decoding needs one matrix product instead of three. Layers where these have an adapter are
+        left out.
 
-        It is a copy, a twentieth of a published model, and lives as long as the cache it is for.
+        A copy, a twentieth of a published model, that lives as long as its cache.
         """
         fused = {}
         for i, layer in enumerate(self.layers):
             attention = layer.self_attn
-            projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-            if all(type(projection) is nn.Linear for projection in projections):
-                weight = torch.cat([projection.weight for projection in projections])
-                bias = torch.cat([projection.bias for projection in projections])
+            linears = attention.q_proj, attention.k_proj, attention.v_proj
+            if all(type(linear) is nn.Linear for linear in linears):
+                weight = torch.cat([linear.weight for linear in linears])
+                bias = torch.cat([linear.bias for linear in linears])
                 fused[i] = weight, bias
         return fused
-
-
-def real_tokens(input_ids, attention_mask):
-    """attention_mask as bool (B, T), all True where there is none: False at padding."""
-    if attention_mask is None:
-        return torch.ones_like(input_ids, dtype=torch.bool)
-    return attention_mask.bool()
-
-
-def causal_mask(valid):
-    """valid (B, T) bool -> (B, 1, T, T) bool: a token sees the valid ones up to its own place."""
-    slot = torch.arange(valid.shape[1], device=valid.device)
-    itself = slot == slot[:, None]                              # (T, T)
-    usable = valid[:, None, None, :] | itself   # padding sees itself: no softmax over nothing
-    return usable & (slot <= slot[:, None])
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -281,6 +279,21 @@ class Samples:
     tokens: torch.Tensor        # (B, L) long; behind the end of a row stands the first eos id
     mask: torch.Tensor          # (B, L) bool, True where the model sampled the token, eos included
     logps: torch.Tensor         # (B, L) float32, log-probabilities at the temperature, else 0
+
+
+def likeliest(probs, top_k, top_p):
+    """Probabilities (B, V) with a 0 wherever top-k, and after it top-p, rule a token out."""
+    if top_k > 0:
+        k = min(top_k, probs.shape[-1])
+        least = probs.topk(k, dim=-1).values[:, -1:]                        # (B, 1)
+        probs = probs.masked_fill(probs < least, 0)
+    if top_p < 1.0:
+        share = probs / probs.sum(-1, keepdim=True)
+        share, token = share.sort(dim=-1, descending=True)
+        outside = share.cumsum(-1) - share >= top_p             # likelier tokens hold top_p already
+        outside = torch.zeros_like(outside).scatter(1, token, outside)      # back in order of ids
+        probs = probs.masked_fill(outside, 0)
+    return probs
 
 
 def pick(logits, temperature, top_k, top_p, noise):
@@ -294,23 +307,12 @@ def pick(logits, temperature, top_k, top_p, noise):
     if temperature == 0:
         tokens = logits.argmax(-1)
     else:
-        allowed = probs
-        if top_k > 0:
-            k = min(top_k, logits.shape[-1])
-            least = allowed.topk(k, dim=-1).values[:, -1:]                  # (B, 1)
-            allowed = allowed.masked_fill(allowed < least, 0)
-        if top_p < 1.0:
-            share = allowed / allowed.sum(-1, keepdim=True)
-            share, token = share.sort(dim=-1, descending=True)
-            outside = share.cumsum(-1) - share >= top_p         # likelier tokens hold top_p already
-            outside = torch.zeros_like(outside).scatter(1, token, outside)  # back in order of ids
-            allowed = allowed.masked_fill(outside, 0)
-        # The tokens lie behind one another on a line, each as long as its probability. A point on
-        # it, the row's one random number, falls on a token: the inverse distribution function.
-        end = allowed.cumsum(-1)                                            # (B, V)
+        # Inverse distribution function: on a line where each token is as long as its probability,
+        # the row's random number is a point, and the token it falls on is taken.
+        end = likeliest(probs, top_k, top_p).cumsum(-1)                     # (B, V)
         point = noise[:, None].clamp(max=1 - 1e-6) * end[:, -1:]            # (B, 1)
         tokens = torch.searchsorted(end, point, right=True)[:, 0]
-        tokens = tokens.clamp(max=logits.shape[-1] - 1)         # for logits that are no numbers
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)                     # where logits are NaN
     logps = probs.gather(1, tokens[:, None])[:, 0].log()
     return tokens, logps
 
@@ -345,8 +347,8 @@ class NextToken:
         """token (B,) -> logits (B, V), which the next call may overwrite."""
         self.token.copy_(token)
         self.calls += 1
-        graphs = token.is_cuda and self.cache.static
-        if not graphs or self.calls == 1:                   # the first call loads the kernels
+        graph_fits = token.is_cuda and self.cache.static
+        if not graph_fits or self.calls == 1:                   # the first call loads the kernels
             return self.compute()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
@@ -381,8 +383,8 @@ class VLM(nn.Module):
             vlm = cls(config)
         count = sum(p.numel() for p in vlm.parameters())
         if count > 100e9:                                   # before anything is allocated
-            raise ValueError(f"config.json asks for {count:.1e} random weights: this code makes up "
-                             "to 1e11")
+            raise ValueError(f"config.json asks for {count:.1e} random weights: at most 1e11 are "
+                             "made")
         vlm.to_empty(device=device)
         generator = torch.Generator(device).manual_seed(seed)
         with torch.no_grad():
@@ -419,7 +421,7 @@ class VLM(nn.Module):
             vlm = cls(config)
         shapes = {name: p.shape for name, p in vlm.named_parameters()}
         optional = ()
-        if config.tie_word_embeddings:                      # it may be written out all the same
+        if config.tie_word_embeddings:                      # files may hold it nevertheless
             optional = ("lm_head.weight",)
             shapes["lm_head.weight"] = vlm.model.embed_tokens.weight.shape
         weights = read_weights(weight_files(path), shapes, our_name, optional, dtype, device)
@@ -460,17 +462,17 @@ class VLM(nn.Module):
         if is_image is None:
             is_image = input_ids == self.config.image_token_id
         expected = self.image_tokens(image_grid_thw)
-        count = int(is_image.sum())
-        if count != expected:
-            raise ValueError(f"{count} image tokens in input_ids, but the pictures make {expected}:"
-                             " the prompt was cut or pictures are missing")
-        if not expected:
+        places = int(is_image.sum())
+        if places != expected:
+            raise ValueError(f"{places} image tokens in input_ids, but the pictures make "
+                             f"{expected}: the prompt was cut or pictures are missing")
+        if places == 0:
             return x
-        patches = int(image_grid_thw.prod(-1).sum())
-        count = 0 if pixel_values is None else len(pixel_values)
-        if count != patches:
-            raise ValueError(f"pixel_values holds {count} patches, the grids of image_grid_thw make"
-                             f" {patches}")
+        expected_patches = int(image_grid_thw.prod(-1).sum())
+        patches = 0 if pixel_values is None else len(pixel_values)
+        if patches != expected_patches:
+            raise ValueError(f"pixel_values holds {patches} patches, the grids of image_grid_thw "
+                             f"make {expected_patches}")
         pixel_values = pixel_values.to(x.dtype)
         features = self.visual(pixel_values, image_grid_thw.tolist())       # (image tokens, C)
         return x.masked_scatter(is_image[..., None], features)
@@ -505,7 +507,7 @@ class VLM(nn.Module):
         if is_image is None:
             is_image = input_ids == self.config.image_token_id
         row, column = is_image.nonzero(as_tuple=True)                       # (image tokens,) each
-        last = counts.cumsum(0) - 1             # of the image tokens, those that end a picture
+        last = counts.cumsum(0) - 1             # the number of each picture's last token among them
         advance = advance.masked_fill(is_image, 0)
         advance[row[last], column[last]] = sides
         after = advance.cumsum(1)
@@ -524,7 +526,7 @@ class VLM(nn.Module):
         """Normalised hidden states (B, T, C) of the last layer, and the next position (B,). The
         cache, where there is one, stores the prompts."""
         valid = real_tokens(input_ids, attention_mask)
-        mask = None if valid.all() else causal_mask(valid)
+        mask = None if valid.all() else causal_mask(valid)[:, None]         # (B, 1, T, T)
         x = self.embed(input_ids, pixel_values, image_grid_thw, is_image)
         positions, after = self.positions(input_ids, valid, image_grid_thw, is_image)
         return self.model(x, positions, mask, cache), after
@@ -541,12 +543,11 @@ class VLM(nn.Module):
 
     # ------------------------------------------------------------------------------------- generate
 
-    def prefill(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, *,
-                fused=None):
+    def prefill(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None):
         """Reads the prompts once: their cache, the last token's hidden state (N, C), and the
         position (N,) of the next token."""
         valid = real_tokens(input_ids, attention_mask)
-        cache = KVCache(valid, fused)
+        cache = KVCache(valid, self.model.fused_weights())
         hidden, after = self.hidden_states(input_ids, valid, pixel_values, image_grid_thw,
                                            cache=cache)
         N, P = valid.shape
@@ -555,7 +556,6 @@ class VLM(nn.Module):
         last = (valid * column).argmax(1)                       # (N,) the last real token
         return cache, hidden[row, last], after
 
-    @torch.no_grad()
     def generate(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, *,
                  n=1, max_new_tokens=256, temperature=1.0, top_k=0, top_p=1.0, eos_ids=(),
                  generator=None, noise=None, static=None):
@@ -563,8 +563,8 @@ class VLM(nn.Module):
 
         temperature 0 is greedy; top_k 0 and top_p 1 switch these filters off.
         noise (B, max_new_tokens): uniform numbers in [0, 1), by default drawn from the generator.
-        They are all that is random: number t of row i decides token t of sample i, so that a sample
-        depends on no row beside it, but for rounding.
+        noise[i, t] decides token t of sample i, and nothing else is random: but for rounding, a
+        sample does not depend on the rows beside it.
         static: decode in static shapes; by default on CUDA, where a step is replayed as a graph.
         """
         usable = temperature == 0 or 1e-6 <= temperature < math.inf
@@ -586,15 +586,15 @@ class VLM(nn.Module):
 
         rows = torch.arange(len(tokens), device=device)         # those still in the batch
         live = torch.ones_like(rows, dtype=torch.bool)          # of them: those that have not ended
-        with torch.inference_mode():                            # a no_grad that costs less
+        with torch.inference_mode():            # what is made inside stays inside: it cannot be trained on
             cache, hidden, position = self.prefill(input_ids, attention_mask, pixel_values,
-                                                   image_grid_thw, fused=self.model.fused_weights())
+                                                   image_grid_thw)
             cache.share(n, max_new_tokens, static)
             decode = NextToken(self, cache, position.repeat_interleave(n))
             logits = self.head(hidden).repeat_interleave(n, 0)              # (B, V)
             for t in range(max_new_tokens):
                 token, logp = pick(logits, temperature, top_k, top_p, noise[rows, t])
-                tokens[rows, t] = torch.where(live, token, tokens[rows, t])
+                tokens[rows, t] = torch.where(live, token, filler)
                 logps[rows, t] = logp * live
                 mask[rows, t] = live
                 live = live & ~torch.isin(token, eos)
@@ -602,7 +602,7 @@ class VLM(nn.Module):
                 count = int(unfinished.sum())
                 if count == 0 or t + 1 == max_new_tokens:
                     break
-                # leaving costs a copy of the cache, and where a graph is used a new one
+                # prompts leave several at a time: it costs a copy of the cache, and a new graph
                 if count < (0.5 if static else 0.8) * len(unfinished):
                     prompts = unfinished.nonzero()[:, 0]
                     stay = unfinished.repeat_interleave(n)                  # (B,) bool
@@ -615,13 +615,12 @@ class VLM(nn.Module):
 
     # -------------------------------------------------------------- log-probabilities with gradient
 
-    def token_log_probs(self, hidden, targets, temperature=1.0, entropy="none",
-                        chunk_elements=2 ** 24):
+    def token_log_probs(self, hidden, targets, temperature, entropy, chunk_elements=2 ** 24):
         """log p(target) of M tokens and the entropies of their distributions, (M,) float32 each:
         hidden (M, C), targets (M,). The head is applied in chunks.
 
-        Where one chunk is not enough, its logits are computed again in the backward pass, so that
-        at most `chunk_elements` logits live at once. entropy: "none" (zeros instead), "value"
+        Where there are several, each computes its logits again in the backward pass, so that at
+        most `chunk_elements` logits live at once. entropy: "none" (zeros instead), "value"
         (without gradient), or "grad", which costs another copy of the logits.
         """
         if not 1e-6 <= temperature < math.inf:
@@ -637,16 +636,14 @@ class VLM(nn.Module):
             with torch.set_grad_enabled(entropy == "grad" and torch.is_grad_enabled()):
                 probs = (logits - log_z[:, None]).exp()
                 expected_logit = (logits * probs).sum(-1)
-                return logp, log_z - expected_logit                         # H = log Z - E[logit]
+                return logp, log_z - expected_logit             # the entropy is log Z - E[logit]
 
         m = max(1, chunk_elements // self.config.vocab_size)
         if len(hidden) <= m:
             return of_chunk(hidden, targets)
-        logps, entropies = [], []
-        for chunk in zip(hidden.split(m), targets.split(m)):
-            logp, h = checkpoint(of_chunk, *chunk, use_reentrant=False)
-            logps.append(logp)
-            entropies.append(h)
+        chunks = zip(hidden.split(m), targets.split(m))
+        results = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+        logps, entropies = zip(*results)
         return torch.cat(logps), torch.cat(entropies)
 
     def log_probs(self, input_ids, targets_mask, attention_mask=None, pixel_values=None,
@@ -663,12 +660,12 @@ class VLM(nn.Module):
             mask = mask[:, 1:]                                              # (B, T - 1)
         is_image = input_ids == self.config.image_token_id
         if int(is_image.sum()) != self.image_tokens(image_grid_thw):
-            is_image &= ~F.pad(mask, (1, 0))            # one that was sampled is an ordinary token
+            is_image &= ~F.pad(mask, (1, 0))            # a sampled image token shows no picture
         hidden, _ = self.hidden_states(input_ids, attention_mask, pixel_values, image_grid_thw,
                                        is_image)
         hidden = hidden[:, :-1][mask]                                       # (M, C)
         targets = input_ids[:, 1:][mask]                                    # (M,)
-        logps, _ = self.token_log_probs(hidden, targets, temperature)
+        logps, _ = self.token_log_probs(hidden, targets, temperature, "none")
         zeros = torch.zeros(mask.shape, device=hidden.device)
         return zeros.masked_scatter(mask, logps)
 
@@ -695,30 +692,29 @@ class VLM(nn.Module):
             raise ValueError("group_log_probs: a row's mask must be one run from its beginning, as "
                              "generate returns it")
 
-        # a prompt's responses one behind the other, without the padding between them
+        # pack a prompt's responses: one behind the other, padding at the end, K tokens at most
         flat = mask.reshape(N, -1)                                          # (N, n L)
         K = int(flat.sum(1).max())
         place = flat.long().argsort(dim=1, descending=True, stable=True)
-        place = place[:, :K]                            # (N, K) where each token stood
+        place = place[:, :K]                                    # (N, K) where a token stood in flat
         real = flat.gather(1, place)
         packed = tokens.reshape(N, -1).gather(1, place)
-        response, t = place // L, place % L             # whose token it is, and which of its tokens
+        response, t = place // L, place % L                     # it was token t of this response
 
         before, after = self.positions(input_ids, valid, image_grid_thw)
         behind = (after[:, None] + t).expand(3, -1, -1)                     # (3, N, K)
         positions = torch.cat((before, behind), dim=2)                      # (3, N, P + K)
 
-        prompt = torch.full_like(input_ids, -1)                 # else: which response it is of
-        owner = torch.cat((prompt, response), dim=1)                        # (N, P + K)
-        shared = owner[:, None, :] == -1
-        own = owner[:, None, :] == owner[:, :, None]                        # (N, P + K, P + K)
-        sees = causal_mask(torch.cat((valid, real), dim=1))                 # (N, 1, P + K, P + K)
-        sees = sees & (shared | own)[:, None]
+        part = F.pad(response, (P, 0), value=-1)        # (N, P + K) its response, -1 in the prompt
+        of_prompt = part[:, None, :] == -1                                  # (N, 1, P + K)
+        same_part = part[:, None, :] == part[:, :, None]                    # (N, P + K, P + K)
+        causal = causal_mask(torch.cat((valid, real), dim=1))
+        sees = causal & (of_prompt | same_part)
 
         prompt_x = self.embed(input_ids, pixel_values, image_grid_thw)
         response_x = self.model.embed_tokens(packed)
         x = torch.cat((prompt_x, response_x), dim=1)                        # (N, P + K, C)
-        hidden = self.model(x, positions, sees)
+        hidden = self.model(x, positions, sees[:, None])
         # the prompt's end predicts y[0], y[t - 1] predicts y[t]
         previous = P - 1 + torch.arange(K, device=device)
         source = torch.where(t == 0, P - 1, previous)                       # (N, K)

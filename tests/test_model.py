@@ -495,6 +495,12 @@ def test_a_number_decides_a_token_by_hand(options, chosen):
         assert logps.tolist() == pytest.approx([HALVES[0, token].item()])
 
 
+def test_what_holds_top_p_exactly_is_enough():
+    """Of two tokens of probability 0.5 one is left at top_p 0.5."""
+    tokens, _ = model.pick(torch.zeros(2, 2), 1.0, 0, 0.5, torch.tensor([0.1, 0.9]))
+    assert tokens[0] == tokens[1]
+
+
 def test_no_number_decides_for_a_token_of_no_probability():
     """The largest number below 1 falls on the last token that has a probability, not behind it."""
     logits = torch.tensor([[0.0, 0.0, -torch.inf]])
@@ -721,12 +727,18 @@ def test_a_chunk_is_as_large_as_may_be(small, monkeypatch):
     """The head sees 3 tokens at a time where 3 x 304 logits may live, and never fewer than one."""
     sizes, head = [], small.vlm.head
     monkeypatch.setattr(small.vlm, "head", lambda hidden: sizes.append(len(hidden)) or head(hidden))
-    hidden, targets = torch.randn(7, 64), torch.zeros(7, dtype=torch.long)
-    for elements, expected in ((3 * 304 + 303, [3, 3, 1]), (1, [1] * 7), (7 * 304, [7]),
-                               (7 * 304 - 1, [6, 1])):
+    hidden = torch.randn(7, 64, generator=seeded(0), requires_grad=True)
+    targets = torch.zeros(7, dtype=torch.long)
+    for elements, expected in ((3 * 304 + 303, [3, 3, 1]), (1, [1] * 7), (7 * 304 - 1, [6, 1])):
         sizes.clear()
-        small.vlm.token_log_probs(hidden, targets, chunk_elements=elements)
+        logps, _ = small.vlm.token_log_probs(hidden, targets, 1.0, "none", elements)
         assert sizes == expected
+        logps.sum().backward()
+        assert sizes == expected + expected[::-1]               # computed again
+    sizes.clear()
+    logps, _ = small.vlm.token_log_probs(hidden, targets, 1.0, "none", 7 * 304)
+    logps.sum().backward()
+    assert sizes == [7]                                         # where all fit, once is enough
 
 
 def test_sampled_log_probs_equal_the_recomputed_ones(small):
