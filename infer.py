@@ -1,5 +1,5 @@
-"""R1-Router at work: a question and its picture go in, routed steps and an answer come out, many of
-them give a score.
+"""R1-Router at work: a question and its picture go in, routed steps and an answer come out;
+many questions give a score.
 
     question, picture -> a method asks for a model call -> prompt of a step -> VLM.generate
                                                         -> parse_step -> a step, or what is wrong
@@ -29,6 +29,7 @@ import sys
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -79,8 +80,8 @@ def routed(prefix, row, options):
     """The paper's loop: sub-question and route, evidence, intermediate answer, until None or
     `max_steps`.
 
-    prefix: of its system prompts, "" or "fewshot ", those with demonstrations. An exchange before
-    the question, `former`, stands in the prompts as a sub-question that is already answered.
+    prefix: "", or "fewshot " for the system prompts with demonstrations. What was asked before the
+    question, `former`, stands in the prompts like sub-questions already answered.
     """
     history = list(row.get("former") or ())
     for _ in range(options.max_steps):
@@ -122,7 +123,7 @@ def drafted(bases, row, options):
 
     Two rounds of Iter-RetGen (Shao et al. 2023, arXiv 2305.15294). IRCoT (Trivedi et al. 2023,
     arXiv 2212.10509) is of the same family; it searches with each sentence of a chain of thought.
-    The last answer reads the second evidence alone, which is as much as `static` reads.
+    The last answer reads the second evidence only, so no more than `static` reads.
     """
     question = in_full(row)
     evidence = yield Search(question, bases, options.passages_each)
@@ -145,7 +146,7 @@ def ask_route(prompt, row, history):
 
 
 def ask_answer(prompt, row, query, evidence, question=None):
-    """Asks for the answer to `question`, or else to the query, from what the search found."""
+    """Asks what the hits say about the query, or about `question` where one is given."""
     passages = {base: [hit.text for hit in hits] for base, hits in evidence.items()}
     problem = answer_problem(question or query, passages, has_picture(row))
     return Ask("answer", problem, prompt, query, evidence)
@@ -170,7 +171,7 @@ def in_full(row):
     return " ".join([*texts, row["question"]])
 
 
-METHODS = {     # name -> (generator, its first argument, bases that it needs)
+METHODS = {     # name -> (function, its first argument, bases that it needs)
     "router": (routed, "", BASES),
     "fewshot": (routed, "fewshot ", BASES),
     "oracle": (by_gold_hops, "", BASES),
@@ -188,7 +189,7 @@ METHODS = {     # name -> (generator, its first argument, bases that it needs)
 
 @dataclass(frozen=True)
 class RouterOptions:
-    """How questions are answered. The options with a sentence are flags of infer.py."""
+    """How questions are answered. Those with a help text are flags of infer.py."""
     method: str = option("router", choices=tuple(METHODS))
     k: int = option(2, "passages of the base that a sub-question is routed to", least=1)
     static_k: int = option(None, least=1)       # passages of each base where all are asked at once
@@ -230,7 +231,7 @@ class Question:
     """A question on its way: its method, what that waits for, and what it has cost so far."""
     place: int
     row: dict
-    method: object                        # its generator
+    method: object                        # under way: what `routed` or another returned
     request: Ask | Search | None = field(init=False)    # None when it has finished
     retried: int = field(init=False)      # times that the request was asked again
     steps: list = field(default_factory=list)
@@ -302,7 +303,7 @@ class Router:
                 open_questions.append(self.open(place, row))
             self.search([q for q in open_questions if isinstance(q.request, Search)])
             asking = [q for q in open_questions if isinstance(q.request, Ask)]
-            asking.sort(key=problem_length)
+            asking.sort(key=lambda q: len(q.request.problem))
             for start in range(0, len(asking), o.batch_size):
                 self._ask(asking[start:start + o.batch_size], rng, generator)
             for q in open_questions:
@@ -335,15 +336,15 @@ class Router:
         """One search of each base for all questions that wait for it, which then go on."""
         evidence = {q.place: {} for q in questions}             # place -> {base: hits}
         for base in BASES:
-            asking = [q for q in questions if base in q.request.bases]
-            if not asking:
+            searching = [q for q in questions if base in q.request.bases]
+            if not searching:
                 continue
             start = time.perf_counter()
-            queries = [_query_of(q, base) for q in asking]
-            k = asking[0].request.k                             # the same for all: a method has one
+            queries = [_query_of(q, base) for q in searching]
+            k = searching[0].request.k              # the same for all: each method has one k
             results = self.bases[base].search(queries, k)
-            seconds = (time.perf_counter() - start) / len(asking)
-            for q, hits in zip(asking, results):
+            seconds = (time.perf_counter() - start) / len(searching)
+            for q, hits in zip(searching, results):
                 evidence[q.place][base] = tuple(hits)
                 q.cost["retrievals"] += 1
                 q.cost["seconds_search"] += seconds
@@ -351,8 +352,8 @@ class Router:
             q.send(evidence[q.place])
 
     def _ask(self, questions, rng, generator):
-        """One model call for a batch of questions; each gets its Step and goes on, or is asked
-        again."""
+        """Samples the steps of a batch of questions. Each question gets its Step and goes on, or
+        waits to be asked again."""
         o = self.options
         start = time.perf_counter()
         outputs = self.sample([q.conversation(self.prompts) for q in questions], generator)
@@ -369,8 +370,8 @@ class Router:
                 q.send(step)
 
     def step(self, q, prompt_ids, candidates, followed):
-        """The Step that a question made with these candidates, one of them followed; counts what it
-        cost."""
+        """The Step of a question: these candidates, and the index of the one that is followed. What
+        it cost is counted."""
         ask = q.request
         candidates = tuple(_expected(ask.kind, candidate) for candidate in candidates)
         step = Step(ask.kind, ask.query, q.conversation(self.prompts), prompt_ids, candidates,
@@ -395,9 +396,8 @@ class Router:
         candidates). No candidates where the prompt leaves no room for an answer.
 
         A conversation that stands in the list several times, as the first step of a group of
-        trajectories does, is read once for all its samples. `noise` is drawn where none is given;
-        what a conversation gets from its part of it does not depend on the others in the list, but
-        for rounding.
+        trajectories does, is read once for all its samples. Its outputs depend on its part of
+        `noise`, drawn where none is given, and but for rounding not on the others in the list.
         """
         n = n or self.options.samples
         if noise is None:
@@ -406,12 +406,14 @@ class Router:
         for place, key in enumerate(map(repr, conversations)):
             places_of.setdefault(key, []).append(place)
         outputs = [None] * len(conversations)
-        for count in sorted({len(places) for places in places_of.values()}):
-            same = [places for places in places_of.values() if len(places) == count]
-            prompts = [conversations[places[0]] for places in same]
-            # of each prompt the numbers of all its places, one behind the other
-            numbers = torch.stack([noise[places].flatten(0, 1) for places in same])
-            for places, (ids, candidates) in zip(same, self._generate(prompts, numbers)):
+        # A model call has equally many outputs of each of its prompts, so those that stand in the
+        # list equally often go together.
+        for count in sorted(set(map(len, places_of.values()))):
+            alike = [places for places in places_of.values() if len(places) == count]
+            prompts = [conversations[places[0]] for places in alike]
+            numbers = [noise[places].flatten(0, 1) for places in alike]     # (count * n, L) each
+            generated = self._generate(prompts, torch.stack(numbers))
+            for places, (ids, candidates) in zip(alike, generated):
                 for i, place in enumerate(places):
                     outputs[place] = ids, candidates[i * n:(i + 1) * n]
         return outputs
@@ -429,19 +431,17 @@ class Router:
 
         for part in in_budget(fitting, size, o.call_tokens):
             batch = self.processor.batch([prompts[i] for i in part])
-            inputs = {}
-            for name, tensor in batch.items():
-                if tensor is not None:                          # None: no picture in this batch
-                    inputs[name] = tensor.to(noise.device)
+            inputs = {name: tensor.to(noise.device) for name, tensor in batch.items()
+                      if tensor is not None}                    # None: no picture in this batch
             samples = self.vlm.generate(
                 **inputs, n=n, max_new_tokens=o.max_new_tokens, temperature=o.temperature,
                 top_k=o.top_k, top_p=o.top_p, eos_ids=self.processor.eos_ids,
                 noise=noise[part].flatten(0, 1))
-            rows = zip(samples.tokens.cpu(), samples.mask.cpu(), samples.logps.cpu())   # (L,) each
-            candidates = [self._candidate(*row) for row in rows]                        # part x n
-            for place, i in enumerate(part):
+            candidates = map(self._candidate, samples.tokens.cpu(), samples.mask.cpu(),
+                             samples.logps.cpu())               # n of each prompt, in order
+            for i in part:
                 prompt_ids, _ = outputs[i]
-                outputs[i] = prompt_ids, tuple(candidates[place * n:(place + 1) * n])
+                outputs[i] = prompt_ids, tuple(islice(candidates, n))
         return outputs
 
     def _candidate(self, tokens, mask, logps):
@@ -451,25 +451,20 @@ class Router:
         return Candidate(text, ids, tuple(logps[mask].tolist()), parse_step(text))
 
 
-def problem_length(q):
-    return len(q.request.problem)
-
-
 def _query_of(q, base):
     """What a question asks a base: its picture goes along to the base of pictures."""
-    image = q.row.get("image")
-    if base == "image" and image is not None:
-        return {"text": q.request.query, "image": image}
+    if base == "image" and has_picture(q.row):
+        return {"text": q.request.query, "image": q.row["image"]}
     return q.request.query
 
 
 def _expected(kind, candidate):
     """The candidate; a step of the other kind than was asked for counts as malformed."""
     expected, other = (RouteStep, AnswerStep) if kind == "route" else (AnswerStep, RouteStep)
-    if not isinstance(candidate.parsed, other):
-        return candidate
-    reason = f"{other.__name__} where {expected.__name__} was asked for"
-    return replace(candidate, parsed=StepError(reason, candidate.text))
+    if isinstance(candidate.parsed, other):
+        reason = f"{other.__name__} where {expected.__name__} was asked for"
+        return replace(candidate, parsed=StepError(reason, candidate.text))
+    return candidate
 
 
 # --------------------------------------------------------------------------------- 4 command line
@@ -528,7 +523,7 @@ def parse_flags(words):
     modes_of |= {f.name: f.metadata["modes"] for f in fields(Flags)}
     mode = mode_of(flags, vars(args), modes_of)
     for name in vars(args):
-        if mode not in modes_of[name] and name != "image":
+        if mode not in modes_of[name] and name != "image":      # which has a message of its own
             raise ValueError(f"{flag_of(name)} does nothing beside --{mode}: leave it or leave out "
                              f"--{mode}")
     if flags.image is not None and flags.question is None and not flags.chat:
@@ -541,8 +536,8 @@ def parse_flags(words):
 
 
 def mode_of(flags, given, modes_of):
-    """The mode that the flags name. Else an evaluation, where one of those given has no use for a
-    single question or names a world or a method; else a question of the embedded world."""
+    """The mode that a flag names. Where none does: an evaluation if a given flag is of no use to a
+    single question, or names a world or a method; else a question of the embedded world."""
     if flags.score:
         return "score"
     if flags.question is not None:
@@ -559,9 +554,8 @@ def check_files(flags):
     """ValueError where a file that is written is also another one of the command, or a file is
     evaluated twice."""
     written = ("out", "write_steps")
-    of_world = []
-    for name in (*BASES, "questions", "steps"):
-        of_world.append(os.path.realpath(world_of(flags) / f"{name}.jsonl"))
+    of_world = [os.path.realpath(world_of(flags) / f"{stem}.jsonl")
+                for stem in (*BASES, "questions", "steps")]
     first = {}                                              # path -> the flag that named it first
     for name in (*written, "eval", "score", "prompts", "demos", "image"):
         paths = getattr(flags, name) or ()
@@ -583,8 +577,8 @@ def command(words):
         torch.set_num_threads(flags.threads)
     if mode == "score":
         tables, faults = score_files(flags.score, flags.limit)
-        others = [[] for _ in tables[1:]]                   # whose the faults are cannot be told:
-        report(tables, [faults, *others], flags.json)       # they are counted in the first line
+        counted = [faults] + [[] for _ in tables[1:]]       # all at the first: whose is not known
+        report(tables, counted, flags.json)
         return
     methods = flags.method or ("router",)
     for method in methods:
