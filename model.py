@@ -586,7 +586,7 @@ class VLM(nn.Module):
 
         rows = torch.arange(len(tokens), device=device)         # those still in the batch
         live = torch.ones_like(rows, dtype=torch.bool)          # of them: those that have not ended
-        with torch.inference_mode():            # what is made inside stays inside: it cannot be trained on
+        with torch.inference_mode():            # what is made inside cannot be trained on
             cache, hidden, position = self.prefill(input_ids, attention_mask, pixel_values,
                                                    image_grid_thw)
             cache.share(n, max_new_tokens, static)
@@ -602,7 +602,7 @@ class VLM(nn.Module):
                 count = int(unfinished.sum())
                 if count == 0 or t + 1 == max_new_tokens:
                     break
-                # prompts leave several at a time: it costs a copy of the cache, and a new graph
+                # several leave at a time, as that costs a copy of the cache, on CUDA a new graph
                 if count < (0.5 if static else 0.8) * len(unfinished):
                     prompts = unfinished.nonzero()[:, 0]
                     stay = unfinished.repeat_interleave(n)                  # (B,) bool

@@ -142,7 +142,7 @@ def test_cached_attention_equals_plain_attention(n, static):
         for row in range(B):
             prompt = row // n
             keys[layer, row], values[layer, row] = (
-                x[prompt][:, valid[prompt]] for x in cache.prompts[layer])
+                x[prompt][:, valid[prompt]] for x in cache.prompt_kv[layer])
     for T in (1, 3, 1):
         real = torch.ones(B, T, dtype=torch.bool)
         real[::2, 0] = T == 1                                   # the chunk of 3 is ragged
