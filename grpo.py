@@ -12,18 +12,17 @@ Sources: R1-Router (arXiv 2505.22095, section 3.3), GRPO (DeepSeekMath, 2402.033
 estimator (Schulman, "Approximating KL divergence", 2020), advantages without division (Dr. GRPO,
 2503.20783), asymmetric clip (DAPO, 2503.14476).
 
-Two rules of reward
-    published   RewardOptions(): looks for the tags anywhere, as the released code does
+Two ways to read an output
+    published   the default of RewardOptions: finds the tags anywhere, as the released code does
     strict      the default of training (--form): parse_step must accept the whole output, so text
                 outside the tags, or tags out of order, earn nothing
 
 Deviations from the paper and from the released code, with the reason
     * The KL term enters the loss where its coefficient is above 0; the released code leaves it out.
-    * The parts of a reward are kept apart, so that a log shows which of them moves: similarity
-      alone pays a wrong base, recall pays guessing.
-    * A routing step that says none in one place means none in both, under either rule. The released
-      code compares sub-question and base apart; it pays an empty sub-question, and nothing at all
-      where it does not know the base.
+    * The parts of a reward are kept apart, so that a log shows which of them moves: a wrong base
+      still earns its similarity, and guessing earns recall.
+    * A routing step that says none in one place means none in both, either way. The released code
+      compares the two apart, accepts an empty sub-question, and gives 0 to an unknown base.
 """
 import re
 from dataclasses import dataclass
@@ -70,8 +69,8 @@ def tag(name, output):
 
 
 def read_route(output, form="published"):
-    """The (sub-question, base) of a routing step, in lower case; "none" in both where nothing is
-    asked for; None where the output is malformed."""
+    """The (sub-question, base) of a routing step: ("who is it?", "text retriever"), in lower case;
+    "none" in both where nothing is asked for; None where the output is malformed."""
     if form == "strict":
         step = parse_step(output)
         if not isinstance(step, RouteStep):
@@ -98,7 +97,7 @@ def answer_reward(answer, gold, rule="published"):
     """Eq. 2: how right an answer is, 0 to 1. gold: one accepted answer, or a list of them.
 
     The published rule pays recall where there is one gold answer of more than five words. Otherwise
-    it is all or nothing: 1 where recall is 1.
+    it is all or nothing: 1 where recall is 1. Exact wants the same tokens, in any order.
     """
     golds = gold if isinstance(gold, list) else [gold]
     precision, recall, f1 = answer_scores(answer, golds)
@@ -120,7 +119,7 @@ def step_reward(output, step, similarity, options=RewardOptions()):
     similarity(query, gold query) -> float: called only where both ask for something
 
         Eq. 1   r_ret = 0.5 * sim(query, gold query) + 0.5 * [base = gold base]
-                "none" is similar to "none" and to nothing else; a price comes off, down to 0
+                "none" is similar to "none" and to nothing else; a price comes off, never below 0
         Eq. 2   r_ans = recall, or [recall = 1] for short golds
     """
     if step["step_type"] == "ans":
@@ -167,8 +166,8 @@ def similarity_table(outputs, steps, encode, form="published"):
         vector_of = dict(zip(texts, vectors))
 
     def similarity(query, gold_query):
-        """The cosine, at least 0. Rounded: texts of the same words in another order would differ
-        in the last bit, and a group would seem to have rewards that differ."""
+        """The cosine, at least 0. Rounded: its last bit depends on the order of the words, and
+        equal rewards of a group would seem to differ."""
         cosine = float(vector_of[query] @ vector_of[gold_query])
         return max(0.0, round(cosine, 6))
 
@@ -221,12 +220,12 @@ def grpo_loss(logp, old_logp, advantages, mask, *, ref_logp=None, clip=0.2, clip
     mask = mask.bool()
     lengths = mask.sum(dim=1, keepdim=True)                                         # (N, 1)
     if level == "token":
-        weight = torch.ones_like(logp)                                              # (N, T)
+        weight = torch.ones_like(logp[mask])                                        # (M,)
         count = int(mask.sum())
     else:
-        weight = 1.0 / lengths.to(logp.dtype).expand_as(logp)       # a row without tokens: unread
+        weight = 1.0 / lengths.expand_as(logp)[mask].to(logp.dtype)                 # (M,)
         count = int((lengths > 0).sum())
-    weight = weight[mask] / (normalizer or count)                   # (M,), sum 1 over the batch
+    weight /= normalizer or count                                   # sum 1 over the batch
     A = advantages[:, None].expand_as(logp)[mask]                                   # (M,)
 
     ratio = (logp[mask] - old_logp[mask]).exp()                                     # Eq. 4, (M,)

@@ -143,24 +143,23 @@ def answer_scores(prediction, golds):
     """The published metric: (precision, recall, f1) against the gold of best F1. F1-Recall is the
     mean of `recall`.
 
-    golds: a string, or a list of strings and of infoseek's {"range": [low, high]}. Recall rewards
-    dumping ("yes no" is right on every yes/no question): read it beside `exact_match`. ValueError
-    where either is something else.
+    golds: a string, or a list of strings and of infoseek's {"range": [low, high]}; ValueError for
+    anything else. Recall rewards dumping ("yes no" is right on every yes/no question): read it
+    beside `exact_match`.
     """
     if not isinstance(prediction, str) or not isinstance(golds, (str, dict, list, tuple)):
         raise ValueError(f"answer_scores: {str(prediction)[:40]!r} against {str(golds)[:40]!r}: "
                          "expected a string, and a string or a list")
     predicted = Counter(metric_tokens(prediction))
     best = 0.0, 0.0, 0.0
-    best_f1 = 0.0
     for gold in gold_tokens(golds, predicted):
         shared = (predicted & Counter(gold)).total()
         if not shared:
             continue
         precision, recall = shared / predicted.total(), shared / len(gold)
         f1 = 2 * precision * recall / (precision + recall)
-        if f1 > best_f1:
-            best, best_f1 = (precision, recall, f1), f1
+        if f1 > best[2]:
+            best = precision, recall, f1
     return best
 
 

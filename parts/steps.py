@@ -1,11 +1,11 @@
 """The step language: what a step's prompt says, and what the model answers in.
 
     question, history, evidence -> the problem of a step, to the byte as published weights saw it
-    thought, sub-question, base -> the text of a step -> parse_step -> RouteStep or AnswerStep,
-                                                                       or StepError
+    thought, sub-question, retriever -> the text of a step
+                                     -> parse_step -> RouteStep, AnswerStep or StepError
 
 A routing step     <think> ...</think><sub-question> a question, or None</sub-question>
-                   <ret> a base, or None</ret>
+                   <ret> a retriever, or None</ret>
 An answering step  <think> ...</think><answer> ...</answer>
 
 Deviations from the released code, and why:
@@ -75,8 +75,7 @@ def route_problem(question, history, image):
 
 
 def answer_problem(sub_question, evidence, image):
-    """Problem of an answering step. evidence: base -> its passages, best first, which stay as they
-    are."""
+    """Problem of an answering step. evidence: base -> its passages, best first, put in as is."""
     lines = []
     for base in BASES:
         for i, passage in enumerate(evidence.get(base, ())):
@@ -165,16 +164,16 @@ def parse_step(text):
     if expected == ANSWER_TAGS:
         thought, answer = inside
         return AnswerStep(thought, answer) if answer else StepError("empty answer", text)
-    thought, query, name = inside
-    if name.lower() == "none":
+    thought, query, retriever = inside
+    if retriever.lower() == "none":
         return RouteStep(thought, NONE, NONE)
-    if name.lower() not in BASE_OF:
-        return StepError(f"unknown retriever {name[:40]!r}", text)
+    if retriever.lower() not in BASE_OF:
+        return StepError(f"unknown retriever {retriever[:40]!r}", text)
     if not query:
         return StepError("empty sub-question", text)
     if query.lower() == "none":
         return RouteStep(thought, NONE, NONE)
-    return RouteStep(thought, query, ROUTES[BASE_OF[name.lower()]])
+    return RouteStep(thought, query, ROUTES[BASE_OF[retriever.lower()]])
 
 
 def tag_fault(tags, expected):
