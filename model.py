@@ -594,7 +594,7 @@ class VLM(nn.Module):
             logits = self.head(hidden).repeat_interleave(n, 0)              # (B, V)
             for t in range(max_new_tokens):
                 token, logp = pick(logits, temperature, top_k, top_p, noise[rows, t])
-                tokens[rows, t] = torch.where(live, token, filler)
+                tokens[rows, t] = token.masked_fill(~live, filler)
                 logps[rows, t] = logp * live
                 mask[rows, t] = live
                 live = live & ~torch.isin(token, eos)
