@@ -436,6 +436,8 @@ def test_each_place_of_a_prompt_gets_its_own_numbers(bases):
         given |= dict(zip(prompts, rows))
     for text, places in (("one", [0, 2, 4]), ("two", [1, 5]), ("three", [3])):
         assert torch.equal(given[f"F\n{text}"], noise[places].flatten(0, 1))
+    # every prompt has the outputs of its own numbers and no others
+    assert [len(candidates) for _, candidates in router._generate(chats[:2], noise[:2])] == [2, 2]
     # drawn where none is given: by torch's own generator
     vlm.sampling.clear()
     router.sample(chats[:1], torch.Generator().manual_seed(3), 2)
@@ -479,6 +481,7 @@ def test_a_model_call_keeps_its_budget_of_tokens(bases):
 
 @pytest.mark.parametrize("rows, message", [
     (["Who?"], "question 1 is 'Who\\?': expected a row"),
+    (["x" * 99], f"question 1 is '{'x' * 40}': expected a row"),
     ([QUESTION, {"question": 5}], "question 2 is empty"),
     ([QUESTION, QUESTION, {"question": " "}], "question 3 is empty")])
 def test_what_is_no_question_is_named(bases, rows, message):
