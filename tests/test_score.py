@@ -139,5 +139,6 @@ def test_scores_by_hand(prediction, golds, scores, exact):
 def test_what_is_no_text_is_named(prediction, golds):
     with pytest.raises(ValueError, match="expected a string, and a string or a list"):
         answer_scores(prediction, golds)
-    with pytest.raises(ValueError, match=f"'{'y' * 40}' against"):         # of 41, the first 40
-        answer_scores("y" * 41, 5)
+    # of long ones the first 40 letters
+    with pytest.raises(ValueError, match=f"'{'y' * 40}' against '{'9' * 40}':"):
+        answer_scores("y" * 41, int("9" * 41))
