@@ -2,6 +2,7 @@
 random float32 models."""
 import inspect
 import json
+import math
 import random
 from dataclasses import FrozenInstanceError
 
@@ -495,6 +496,11 @@ def test_a_number_decides_a_token_by_hand(options, chosen):
         assert logps.tolist() == pytest.approx([HALVES[0, token].item()])
 
 
+def test_greedy_takes_the_likeliest_and_says_how_likely_it_was():
+    tokens, logps = model.pick(HALVES, 0.0, 0, 1.0, torch.tensor([0.9]))
+    assert tokens.tolist() == [1] and logps.tolist() == pytest.approx([math.log(0.5)])
+
+
 def test_what_holds_top_p_exactly_is_enough():
     """Of two tokens of probability 0.5 one is left at top_p 0.5."""
     tokens, _ = model.pick(torch.zeros(2, 2), 1.0, 0, 0.5, torch.tensor([0.1, 0.9]))
@@ -532,6 +538,7 @@ def test_what_the_calls_take_where_nothing_is_said():
             (model.VLM.from_pretrained, dict(dtype=torch.float32, device="cpu")),
             (model.VLM.log_probs, dict(temperature=1.0)),
             (model.VLM.group_log_probs, dict(temperature=1.0, entropy="none")),
+            (model.VLM.token_log_probs, dict(chunk_elements=2 ** 24)),
             (model.VLM.save_pretrained, dict(dtype=None, shard_bytes=5_000_000_000))):
         parameters = inspect.signature(function).parameters
         assert {name: parameters[name].default for name in defaults} == defaults
@@ -555,7 +562,7 @@ def test_generate_refuses(small, name, value):
         small.vlm.generate(**make_batch(small.config, [[3]]), **{name: value})
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
 def test_log_probs_refuse(small, temperature):
     ids = torch.tensor([[5, 6, 7]])
     with pytest.raises(ValueError, match=f"temperature {temperature}"):
