@@ -168,8 +168,8 @@ def save_adapter(vlm, path):
     write_json(Path(path) / "adapter_config.json", {**config, **vlm.lora})
 
 
-# Fields of adapter_config.json and what they may say, beside null, false and what is empty. Whatever
-# else peft can do would be another model.
+# Fields of adapter_config.json and what they may say, beside null, false and what is empty.
+# Whatever else peft can do would be another model.
 SUPPORTED = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian"],
              "use_dora": [], "use_rslora": [], "use_qalora": [], "modules_to_save": [],
              "layers_to_transform": [], "rank_pattern": [], "alpha_pattern": [],
