@@ -19,6 +19,7 @@ from networks import (BATCHES, CLOSE, GREEDY, PICTURES, REAL, assert_same_logits
 from oracles import (ENDOFTEXT, FIRST_CONTROL, IMAGE_PAD, VISION_END, VISION_START, deviation,
                      hf_greedy, hf_inputs, hf_logits, make_batch, make_config, make_model, new_keys,
                      save_checkpoint, split_rows)
+from parts.lora import add_lora
 
 
 VARIANTS = {
@@ -292,9 +293,17 @@ def test_static_shapes_give_the_same_tokens(small, shapes):
     assert (static.logps - plain.logps).abs().max() < 1e-5
 
 
-def test_the_growing_step_looks_at_what_is_there(small, shapes):
+def test_the_growing_step_looks_at_what_is_there(small, shapes, monkeypatch):
+    """Its token stands at the same position on all three axes."""
+    places, angles = [], model.Decoder.angles
+
+    def noted(decoder, positions):
+        places.append(positions)
+        return angles(decoder, positions)
+    monkeypatch.setattr(model.Decoder, "angles", noted)
     small.vlm.generate(**make_batch(small.config, [[6], [3]]), max_new_tokens=4, **GREEDY)
     assert shapes == [(2, 7), (2, 8), (2, 9)]
+    assert [place.shape for place in places] == [(3, 2, 6)] + [(3, 2, 1)] * 3
 
 
 class Tape(TorchDispatchMode):
@@ -508,10 +517,11 @@ def test_what_holds_top_p_exactly_is_enough():
 
 
 def test_no_number_decides_for_a_token_of_no_probability():
-    """The largest number below 1 falls on the last token that has a probability, not behind it."""
-    logits = torch.tensor([[0.0, 0.0, -torch.inf]])
-    tokens, _ = model.pick(logits, 1.0, 0, 1.0, torch.tensor([1 - 2 ** -24]))
-    assert tokens.tolist() == [1]
+    """The largest number below 1, and 1 to which it may be rounded, fall on the last token that has
+    a probability, not behind it."""
+    logits = torch.tensor([[0.0, 0.0, -torch.inf]]).expand(2, -1)
+    tokens, _ = model.pick(logits, 1.0, 0, 1.0, torch.tensor([1 - 2 ** -24, 1.0]))
+    assert tokens.tolist() == [1, 1]
     broken, logps = model.pick(torch.full((1, 3), torch.nan), 1.0, 0, 1.0, torch.tensor([0.5]))
     assert broken.tolist() == [2] and logps.isnan().all()
 
@@ -618,6 +628,18 @@ def test_a_sampled_picture_token_is_only_a_token(small, tmp_path):
     full, targets = with_answers(batch, samples, 1)
     again = vlm.log_probs(**full, targets_mask=targets, temperature=2.0)
     assert (again[targets[:, 1:]] - samples.logps[samples.mask]).abs().max() < 1e-4
+
+
+def test_weights_that_are_multiplied_as_one(small):
+    """Those of q, k and v below one another, in layers without an adapter there."""
+    vlm, x = fresh(small), torch.randn(5, 64, generator=seeded(0))
+    add_lora(vlm, 2, 4, targets=("layers.1.self_attn.k_proj", "layers.2.self_attn.o_proj"))
+    fused = vlm.model.fused_weights()
+    assert list(fused) == [0, 2]
+    for i, (weight, bias) in fused.items():
+        a = vlm.model.layers[i].self_attn
+        parts = torch.cat((a.q_proj(x), a.k_proj(x), a.v_proj(x)), dim=-1)
+        assert torch.allclose(torch.nn.functional.linear(x, weight, bias), parts, atol=1e-5)
 
 
 def test_generation_sees_weights_that_were_trained(small):
