@@ -508,7 +508,8 @@ def test_what_is_no_option_is_named(options, message):
 
 def test_requests_and_options_do_not_change():
     ask, search = infer.Ask("route", "p", "route", "q"), Search("q", ("text",), 2)
-    for value, name in ((ask, "query"), (search, "query"), (RouterOptions(), "k")):
+    for value, name in ((ask, "query"), (search, "query"), (RouterOptions(), "k"),
+                        (infer.Flags(), "out")):
         with pytest.raises(FrozenInstanceError):
             setattr(value, name, "other")
     assert ask.evidence == {}
