@@ -2,7 +2,8 @@
 
 What flows through this file:
     output of a step -> Reward (Eq. 1, 2) -> advantage inside its group (Eq. 3)
-                     -> ratio, clipped loss (Eq. 4, 5) and KL term (Eq. 6)
+    final answer of a trajectory          -> advantage of each step among those of its state (Eq. 7)
+    advantages -> ratio, clipped loss (Eq. 4, 5) and KL term (Eq. 6)
 
 Legend of shapes
     N sampled outputs   T tokens of the longest   M tokens under the mask
@@ -12,17 +13,21 @@ Sources: R1-Router (arXiv 2505.22095, section 3.3), GRPO (DeepSeekMath, 2402.033
 estimator (Schulman, "Approximating KL divergence", 2020), advantages without division (Dr. GRPO,
 2503.20783), asymmetric clip (DAPO, 2503.14476).
 
-Two ways to read an output
-    published   the default of RewardOptions: finds the tags anywhere, as the released code does
+Two ways to judge an output
+    published   the default of RewardOptions: the released rule, number for number. Tags are found
+                anywhere; the sub-questions are compared whatever they say, "none" and "" too; several
+                known bases earn the similarity alone, an unknown one nothing
     strict      the default of training (--form): parse_step must accept the whole output, so text
-                outside the tags, or tags out of order, earn nothing
+                outside the tags, or tags out of order, earn nothing; none in one place means none
+                in both, and is similar to none alone; a negative cosine pays 0
 
 Deviations from the paper and from the released code, with the reason
     * The KL term enters the loss where its coefficient is above 0; the released code leaves it out.
     * The parts of a reward are kept apart, so that a log shows which of them moves: a wrong base
       still earns its similarity, and guessing earns recall.
-    * A routing step that says none in one place means none in both, either way. The released code
-      compares the two apart, accepts an empty sub-question, and gives 0 to an unknown base.
+    * Similarities are rounded to six digits (see similarity_table).
+    * Credit by state is the step term of GiGPO (2505.10978) alone, without discount and without its
+      trajectory term, which slowed learning down here.
 """
 import re
 from dataclasses import dataclass
@@ -30,7 +35,7 @@ from dataclasses import dataclass
 import torch
 
 from parts.score import answer_scores
-from parts.steps import AnswerStep, RouteStep, gold_route, parse_step
+from parts.steps import BASE_OF, AnswerStep, RouteStep, gold_route, parse_step
 
 # ---------------------------------------------------------------------------------------- rewards
 
@@ -70,17 +75,27 @@ def tag(name, output):
 
 def read_route(output, form="published"):
     """The (sub-question, base) of a routing step: ("who is it?", "text retriever"), in lower case;
-    "none" in both where nothing is asked for; None where the output is malformed."""
+    None where the output is malformed. Published: several bases are joined by commas, and ("none",
+    "text retriever") stays as it is."""
     if form == "strict":
         step = parse_step(output)
         if not isinstance(step, RouteStep):
             return None
         return step.query.lower(), step.route.lower()
-    query = tag("sub-question", output)
-    base = tag("ret", output)
-    if tag("think", output) is None or not query or not base:
+    query, bases = tag("sub-question", output), tag("ret", output)
+    if tag("think", output) is None or query is None or bases is None:
         return None
-    return ("none", "none") if "none" in (query, base) else (query, base)
+    names = [name.strip() for name in bases.split(",")]
+    if names != ["none"] and not set(names) <= set(BASE_OF):
+        return None
+    return query, ",".join(names)
+
+
+def gold_of(step, form="published"):
+    """The gold (sub-question, base) of a routing step of a file; published: as they stand there."""
+    if form == "strict":
+        return gold_route(step["answer"])
+    return step["answer"]["query"], step["answer"]["retriever"][0]
 
 
 def read_answer(output, form="published"):
@@ -107,7 +122,7 @@ def answer_reward(answer, gold, rule="published"):
         return f1
     if rule == "exact":
         return float(precision == 1 and recall == 1)
-    if len(golds) == 1 and isinstance(golds[0], str) and len(golds[0].split()) > 5:
+    if len(golds) == 1 and isinstance(golds[0], str) and len(golds[0].split(" ")) > 5:
         return recall
     return float(recall == 1)
 
@@ -116,10 +131,11 @@ def step_reward(output, step, similarity, options=RewardOptions()):
     """The Reward of one sampled output; a malformed one has total 0.
 
     step: a step of a published file, {"step_type": "ret" | "ans", "answer": ...}
-    similarity(query, gold query) -> float: called only where both ask for something
+    similarity(query, gold query) -> float, 1 for equal ones. The published form takes it of all
+    readable outputs, strict only where both ask for something.
 
         Eq. 1   r_ret = 0.5 * sim(query, gold query) + 0.5 * [base = gold base]
-                "none" is similar to "none" and to nothing else; a price comes off, never below 0
+                strict: "none" is similar to "none" and to nothing else, and nothing is below 0
         Eq. 2   r_ans = recall, or [recall = 1] for short golds
     """
     if step["step_type"] == "ans":
@@ -133,15 +149,19 @@ def step_reward(output, step, similarity, options=RewardOptions()):
     if routing is None:
         return Reward(total=0.0, form=0.0, similarity=0.0, route=0.0)
     query, base = routing
-    gold_query, gold_base = gold_route(step["answer"])
+    gold_query, gold_base = gold_of(step, options.form)
     route = float(base == gold_base)
-    if "none" in (base, gold_base):
+    if options.form == "published":
+        sim = float(similarity(query, gold_query))
+    elif "none" in (base, gold_base):
         sim = route                                         # 1 where both are none
     else:
-        sim = float(similarity(query, gold_query))
+        sim = max(0.0, float(similarity(query, gold_query)))
     price = 0.0 if base == "none" else options.price
     total = options.similarity_weight * sim + options.route_weight * route - price  # Eq. 1
-    return Reward(max(0.0, total), form=1.0, similarity=sim, route=route, price=price)
+    if options.form == "strict" or price > 0:
+        total = max(0.0, total)
+    return Reward(total, form=1.0, similarity=sim, route=route, price=price)
 
 
 def similarity_table(outputs, steps, encode, form="published"):
@@ -157,7 +177,7 @@ def similarity_table(outputs, steps, encode, form="published"):
         routing = read_route(output, form)
         if routing is not None:
             query, _ = routing
-            gold_query, _ = gold_route(step["answer"])
+            gold_query, _ = gold_of(step, form)
             queries |= {query, gold_query}
     vector_of = {}
     if queries:
@@ -166,10 +186,9 @@ def similarity_table(outputs, steps, encode, form="published"):
         vector_of = dict(zip(texts, vectors))
 
     def similarity(query, gold_query):
-        """The cosine, at least 0. Rounded: its last bit depends on the order of the words, and
-        equal rewards of a group would seem to differ."""
-        cosine = float(vector_of[query] @ vector_of[gold_query])
-        return max(0.0, round(cosine, 6))
+        """The cosine. Rounded: its last bit depends on the order of the words, and equal rewards of
+        a group would seem to differ."""
+        return round(float(vector_of[query] @ vector_of[gold_query]), 6)
 
     return similarity
 
@@ -197,6 +216,31 @@ def group_advantages(rewards, groups, scale=True, eps=1e-6):
     return advantages.to(rewards.dtype if rewards.is_floating_point() else torch.float32)
 
 
+def state_advantages(rewards, states, scale=True, eps=1e-6):
+    """Credit by state: which step of a trajectory was good, from final answers alone.
+
+    Trajectories of one question begin alike, and part where they sample differently. The steps that
+    answered the same state, that is the same prompt, are a group of Step-GRPO's kind: one situation,
+    several continuations, each judged by how its trajectory ended (the anchor-state groups of
+    GiGPO, 2505.10978).
+
+        Eq. 7   A_(i,t) = (R_i - mean(R_j)) / (std(R_j) + eps),   over all steps (j, u) whose state
+                                                                  is that of (i, t)
+
+    rewards (n,): R of each of the n trajectories of a question; states: for each trajectory the
+    states of its steps, anything that can be compared and hashed -> for each trajectory (its steps,)
+    advantages. A state that only one step has seen, or behind which all ended alike, gives 0.
+    """
+    number_of = {}                                          # state -> number of its group
+    step_rewards, groups = [], []
+    for reward, own_states in zip(rewards, states):
+        for state in own_states:
+            step_rewards.append(reward)
+            groups.append(number_of.setdefault(state, len(number_of)))
+    advantages = group_advantages(torch.tensor(step_rewards), groups, scale, eps)   # Eq. 7
+    return advantages.split([len(own_states) for own_states in states])
+
+
 def grpo_loss(logp, old_logp, advantages, mask, *, ref_logp=None, clip=0.2, clip_high=None,
               kl_coef=0.0, level="token", normalizer=None):
     """The clipped policy-gradient loss with its KL term -> (loss, metrics).
@@ -215,17 +259,8 @@ def grpo_loss(logp, old_logp, advantages, mask, *, ref_logp=None, clip=0.2, clip
     """
     if kl_coef and ref_logp is None:
         raise ValueError(f"kl_coef is {kl_coef}, but there is no ref_logp to measure from")
-    if level not in ("token", "sequence"):
-        raise ValueError(f"level is {level!r}: give token or sequence")
     mask = mask.bool()
-    lengths = mask.sum(dim=1, keepdim=True)                                         # (N, 1)
-    if level == "token":
-        weight = torch.ones_like(logp[mask])                                        # (M,)
-        count = int(mask.sum())
-    else:
-        weight = 1.0 / lengths.expand_as(logp)[mask].to(logp.dtype)                 # (M,)
-        count = int((lengths > 0).sum())
-    weight /= normalizer or count                                   # sum 1 over the batch
+    weight = token_weights(mask, level, normalizer, logp.dtype)                     # (M,)
     A = advantages[:, None].expand_as(logp)[mask]                                   # (M,)
 
     ratio = (logp[mask] - old_logp[mask]).exp()                                     # Eq. 4, (M,)
@@ -240,6 +275,21 @@ def grpo_loss(logp, old_logp, advantages, mask, *, ref_logp=None, clip=0.2, clip
         if kl_coef:
             loss = loss + kl_coef * kl
     return loss, metrics
+
+
+def token_weights(mask, level="token", normalizer=None, dtype=torch.float32):
+    """The weight of each token under the mask (N, T) in a mean over a batch -> (M,), sum 1 over it;
+    level and normalizer as in grpo_loss."""
+    if level not in ("token", "sequence"):
+        raise ValueError(f"level is {level!r}: give token or sequence")
+    lengths = mask.sum(dim=1, keepdim=True)                                         # (N, 1)
+    if level == "token":
+        weight = torch.ones(int(lengths.sum()), dtype=dtype, device=mask.device)    # (M,)
+        count = int(lengths.sum())
+    else:
+        weight = 1.0 / lengths.expand_as(mask)[mask].to(dtype)                      # (M,)
+        count = int((lengths > 0).sum())
+    return weight / (normalizer or count)
 
 
 def ratio_metrics(ratio, clipped):
