@@ -17,7 +17,9 @@ Deviations from the paper and the released code, and why:
   * a malformed step is counted and shown, and asked again only if `retries` says so (released: five
     silent retries, then "none"); a malformed routing step ends the routing, and the final answer is
     asked with what is known;
-  * greedy by default, seeded where sampled (released: temperature 1, unseeded);
+  * greedy by default, seeded where sampled (released: temperature 1, top-k 20, unseeded), and
+    outputs are read as they are (released: in lower case). --recipe released has the rest of its
+    settings, docs/recipe.md compares them;
   * a prompt that the model has no room for is counted and not asked; it is never cut, for a cut
     loses the question.
 """
@@ -35,6 +37,7 @@ from pathlib import Path
 import torch
 
 from model import VLM
+from parts import recipes
 from parts.batches import in_budget
 from parts.chat import Processor
 from parts.evaluate import evaluate_routers, questions_of, report, score_files, world_of
@@ -88,8 +91,8 @@ def routed(prefix, row, options):
         step = yield ask_route(prefix + "route", row, history)
         if step.route in (None, NONE):             # malformed, or nothing more is needed
             break
-        query, base = step.parsed.query, BASE_OF[step.route.lower()]
-        evidence = yield Search(query, (base,), options.k)
+        query = step.parsed.query
+        evidence = yield Search(query, step.parsed.bases, options.k)
         reading = yield ask_answer(prefix + "answer", row, query, evidence)
         history.append((query, reading.answer))
     yield ask_final(prefix + "final", row, history)
@@ -191,14 +194,18 @@ METHODS = {     # name -> (function, its first argument, bases that it needs)
 class RouterOptions:
     """How questions are answered. Those with a help text are flags of infer.py."""
     method: str = option("router", choices=tuple(METHODS))
-    k: int = option(2, "passages of the base that a sub-question is routed to", least=1)
+    k: int = option(2, "passages of each base that a sub-question is routed to", least=1)
     static_k: int = option(None, least=1)       # passages of each base where all are asked at once
     max_steps: int = option(4, "sub-questions at most; questions of four hops need 5, the last to "
                             "say that nothing is missing", least=1)
     max_new_tokens: int = option(96, "longest output of a step, in tokens", least=1)
     temperature: float = option(0.0, "of sampling; 0, the default, is greedy")
-    top_k: int = 0                              # 0: no limit
+    top_k: int = option(0, "sample among so many of the likeliest tokens; 0: among all")
     top_p: float = 1.0                          # 1: no limit
+    lower_case: bool = option(False, "read outputs in lower case: so are sub-questions, searches, "
+                              "answers")
+    several: bool = option(False, "a routing step may name several retrievers, with commas "
+                           "between, and each is searched")
     samples: int = option(1, least=1)           # candidates of a step, all from the same history
     follow: object = None       # (candidates, random.Random) -> index of the one to go on with
     retries: int = option(0)                    # times that a malformed step is asked again
@@ -448,7 +455,10 @@ class Router:
         """One sampled row of a model call: tokens, mask and log-probabilities (L,)."""
         ids = tuple(tokens[mask].tolist())
         text = self.processor.decode(ids)
-        return Candidate(text, ids, tuple(logps[mask].tolist()), parse_step(text))
+        if self.options.lower_case:
+            text = text.lower()
+        parsed = parse_step(text, self.options.several)
+        return Candidate(text, ids, tuple(logps[mask].tolist()), parsed)
 
 
 def _query_of(q, base):
@@ -489,6 +499,9 @@ class Flags:
                        "eval", nargs="+")
     score: tuple = flag((), "score the rows of existing result files", "score", nargs="+")
     method: tuple = flag((), f"one or more of {', '.join(METHODS)} [router]", *ANSWERING, nargs="+")
+    recipe: str = flag(None, "released: settings of the released inference in place of our "
+                       "defaults; its sampling needs --temperature 1 beside it, else it is greedy",
+                       *ANSWERING, choices=("released",))
     model: str = flag(str(HERE / "weights" / "tiny"), "model directory")
     world: str = flag(None, "a folder of lab.world: bases and questions [data/demo]")
     kb: tuple = flag((), "knowledge bases in place of a world's: text=DIR image=DIR table=DIR",
@@ -511,14 +524,14 @@ class Flags:
 
 
 def parse_flags(words):
-    """(mode, Flags, RouterOptions). ValueError where a flag would do nothing, or names a file that
-    another flag names for something else."""
+    """(mode, Flags, RouterOptions). ValueError where a flag would do nothing, contradicts the
+    recipe, or names a file that another flag names for something else."""
     parser = OneLineParser(prog="infer.py", description="Answer questions by routed retrieval, or "
                            "evaluate methods on many.")
     add_flags(parser, Flags)
     add_flags(parser, RouterOptions)
     args = parser.parse_args(words)
-    flags, options = from_flags(Flags, args), from_flags(RouterOptions, args)
+    flags = from_flags(Flags, args)
     modes_of = {f.name: ANSWERING for f in fields(RouterOptions)}
     modes_of |= {f.name: f.metadata["modes"] for f in fields(Flags)}
     mode = mode_of(flags, vars(args), modes_of)
@@ -532,7 +545,9 @@ def parse_flags(words):
         raise ValueError(f"--chat with --method {' '.join(flags.method)}: give one method, and not "
                          "oracle, which needs gold hops")
     check_files(flags)
-    return mode, flags, options
+    if flags.recipe:
+        recipes.follow(recipes.ANSWERING, vars(args))
+    return mode, flags, from_flags(RouterOptions, args)
 
 
 def mode_of(flags, given, modes_of):

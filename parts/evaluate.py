@@ -8,6 +8,7 @@ import math
 import os
 import zlib
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -50,6 +51,7 @@ MEASURES = ("f1_recall", "em", "f1", "route_accuracy", "malformed", "retrievals"
             "gold_retrievals", "model_calls", "tokens", "tokens_read", "tokens_written", "seconds",
             "seconds_model", "seconds_search", "too_long")
 GROUPINGS = ("set", "kind", "hops")
+LATER = ("top_k", "top_p", "retries", "lower_case", "several")      # see settings_mark
 
 
 # ---------------------------------------------------------------------------------------- measures
@@ -81,16 +83,16 @@ def score_row(row):
 
 def route_accuracy(plans, routes):
     """Chosen against gold routes, both ending in None, place by place over the longer of the two.
-    Malformed routing steps choose nothing."""
+    Malformed routing steps choose nothing; one that names several bases is wrong."""
     chosen = []
     for plan in plans:
         if "fault" in plan:
             continue
         names = plan["retriever"]
-        if not isinstance(names, list):
-            raise TypeError(f"retriever {str(names)[:40]!r} is no list")
-        chosen.append(names[0].strip().lower())
-    right = sum(name == route.lower() for name, route in zip(chosen, routes))
+        if not isinstance(names, list) or not names:
+            raise TypeError(f"retriever {str(names)[:40]!r} is no list of names")
+        chosen.append([name.strip().lower() for name in names])
+    right = sum(names == [route.lower()] for names, route in zip(chosen, routes))
     return right / max(len(chosen), len(routes))
 
 
@@ -449,7 +451,10 @@ def refuse_others(path, rows, questions):
 
 def settings_mark(flags, router):
     """A short mark of all that the answers depend on, by content: weights, bases, settings. Rows of
-    another mark are not taken for this run's. flags: those of infer.py."""
+    another mark are not taken for this run's. flags: those of infer.py.
+
+    The options of LATER count where they are not at their defaults: so older files keep theirs.
+    """
     weights = [checksum(file) for file in sorted(Path(flags.model).glob("*.safetensors"))]
     if flags.kb:
         bases = [base.mark for base in router.bases.values()]
@@ -458,6 +463,13 @@ def settings_mark(flags, router):
     o = router.options
     settings = [weights, bases, flags.eval, flags.world, flags.images, flags.dtype, router.prompts,
                 o.k, o.passages_each, o.max_steps, o.max_new_tokens, o.temperature, o.seed]
+    later = {}
+    for f in fields(o):
+        value = getattr(o, f.name)
+        if f.name in LATER and value != f.default:
+            later[f.name] = value
+    if later:
+        settings.append(later)
     return f"{zlib.crc32(json.dumps(settings).encode()):08x}"
 
 

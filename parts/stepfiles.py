@@ -168,6 +168,15 @@ def read_steps(path, limit=None):
     return read_jsonl(path, trajectory_of, limit)
 
 
+def is_step_file(path):
+    """Whether the first row of a JSONL file has steps, as a step file's rows do."""
+    def has_steps(row, number):
+        return "steps" in row
+
+    [answer], _ = read_jsonl(path, has_steps, limit=1)
+    return answer
+
+
 def load_steps(path, limit=None):
     """The trajectories of a step file, to be shown as examples. How many rows do not fit, and the
     first of them, is said on stderr."""
@@ -322,11 +331,13 @@ def steps_of(row, prompts):
     history = list(row.get("former") or ())
     steps = []
     for plan in plans_of(row):
-        query, route = plan["query"], plan["retriever"][0]
+        query, names = plan["query"], plan["retriever"]
         problem = route_problem(question, history, image)
-        gold = {"query": "none" if route == NONE else query, "retriever": [route.lower()]}
+        done = names == [NONE]
+        lower = [name.lower() for name in names]
+        gold = {"query": "none" if done else query, "retriever": lower}
         steps.append(StepExample("ret", prompts["route"], problem, gold, plan["thought"]))
-        if route == NONE:
+        if done:
             continue
         evidence = {base: plan.get(prefix, ()) for base, prefix in PREFIX.items()}
         problem = answer_problem(query, evidence, image)

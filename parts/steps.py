@@ -5,12 +5,14 @@
                                      -> parse_step -> RouteStep, AnswerStep or StepError
 
 A routing step     <think> ...</think><sub-question> a question, or None</sub-question>
-                   <ret> a retriever, or None</ret>
+                   <ret> a retriever, or None</ret>; with `several` also a list with commas
 An answering step  <think> ...</think><answer> ...</answer>
 
 Deviations from the released code, and why:
   * the parser is strict: each tag once, in order, nothing outside; the released code takes the
     first match of a regular expression, so that text outside the tags is free;
+  * None as sub-question or as retriever means None in both; the released code takes an output that
+    names only one of them for malformed in inference, and compares the two apart in training;
   * the problems of the published training files serve training and inference alike; the released
     inference code words the final problem a little differently.
 """
@@ -124,7 +126,17 @@ class RouteStep:
     """What to ask where; `query` and `route` are both "None" where nothing more is needed."""
     thought: str
     query: str
-    route: str      # a value of ROUTES, or "None"
+    route: str      # a value of ROUTES, several of them with ", " between, or "None"
+
+    @property
+    def names(self):
+        """The retrievers as a row lists them: ["Text Retriever"], or ["None"]."""
+        return self.route.split(", ")
+
+    @property
+    def bases(self):
+        """The bases to search: ("text",), or () where nothing more is needed."""
+        return tuple(BASE_OF[name.lower()] for name in self.names if name != NONE)
 
 
 @dataclass(frozen=True)
@@ -146,12 +158,15 @@ ROUTE_TAGS = ["<think>", "</think>", "<sub-question>", "</sub-question>", "<ret>
 ANSWER_TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 
 
-def parse_step(text):
+def parse_step(text, several=False):
     """Reads one model output: RouteStep, AnswerStep, or StepError with the reason. Never raises.
 
     Strict, because a reward pays for form: each tag of one kind of step exactly once and in order,
     only blanks outside, a known retriever, nothing empty but the thought. The case of tags and
     retrievers does not matter. `None` as sub-question or as retriever means `None` in both.
+
+    several: the retriever may be a list with commas. One that begins with None is None; a later
+    None ends the list; a base counts once.
     """
     tags = [tag.lower() for tag in TAG.findall(text)]
     expected = ANSWER_TAGS if set(tags) <= set(ANSWER_TAGS) else ROUTE_TAGS
@@ -165,15 +180,33 @@ def parse_step(text):
         thought, answer = inside
         return AnswerStep(thought, answer) if answer else StepError("empty answer", text)
     thought, query, retriever = inside
-    if retriever.lower() == "none":
+    names = [retriever]
+    if several:
+        names = [name.strip() for name in retriever.split(",")]
+    for name in names:
+        if name.lower() not in (*BASE_OF, "none"):
+            return StepError(f"unknown retriever {name[:40]!r}", text)
+    routes = routes_of(names)
+    if not routes:
         return RouteStep(thought, NONE, NONE)
-    if retriever.lower() not in BASE_OF:
-        return StepError(f"unknown retriever {retriever[:40]!r}", text)
     if not query:
         return StepError("empty sub-question", text)
     if query.lower() == "none":
         return RouteStep(thought, NONE, NONE)
-    return RouteStep(thought, query, ROUTES[BASE_OF[retriever.lower()]])
+    return RouteStep(thought, query, ", ".join(routes))
+
+
+def routes_of(names):
+    """The values of ROUTES that a list of retrievers, in any case, has before its first None; each
+    once."""
+    routes = []
+    for name in names:
+        if name.lower() == "none":
+            break
+        route = ROUTES[BASE_OF[name.lower()]]
+        if route not in routes:
+            routes.append(route)
+    return routes
 
 
 def tag_fault(tags, expected):

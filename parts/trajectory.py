@@ -39,7 +39,8 @@ class Step:
 
     @property
     def route(self):
-        """The route, "None" included; None where the step is malformed or not a routing step."""
+        """The route, "None" included, as RouteStep has it; None where the step is malformed or not
+        a routing step."""
         return self.parsed.route if isinstance(self.parsed, RouteStep) else None
 
     @property
@@ -80,8 +81,8 @@ def result_row(trajectory):
         else:
             output = {"thought": step.parsed.thought}
         if step.kind == "route":
-            query, route = (NONE, NONE) if malformed else (step.parsed.query, step.route)
-            plans.append({**output, "query": query, "retriever": [route]})
+            parsed = RouteStep("", NONE, NONE) if malformed else step.parsed
+            plans.append({**output, "query": parsed.query, "retriever": parsed.names})
             continue
         output["answer"] = step.answer
         if step.kind == "answer":

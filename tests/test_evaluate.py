@@ -2,16 +2,19 @@
 import json
 import os
 import re
+import zlib
 
 import pytest
 
 from conftest import ROOT, run
+from infer import Flags
 from parts.evaluate import (COLUMNS, GROUPINGS, MEASURES, answer_many, appending, different_kinds,
                             earlier_rows, evaluate, means, overview, print_results, print_table,
-                            score_row, score_table)
+                            score_row, score_table, settings_mark)
 from parts.questions import load_questions
 from parts.steps import render_answer
 from parts.trajectory import COSTS
+from plumbing.files import checksum
 from scripted import cli, questions_at, scripted
 
 TEXT, IMAGE, NONE = "Text Retriever", "Text Image Retriever", "None"
@@ -65,6 +68,18 @@ def test_routes_of_others_count_in_any_case():
     assert score_row(row)["route_accuracy"] == 0.5
     row |= {"plan_2": {"retriever": [TEXT]}, "plan_3": {"retriever": [NONE]}}
     assert score_row(row)["route_accuracy"] == pytest.approx(1 / 3)
+
+
+def test_a_step_that_names_several_bases_is_routed_wrong():
+    row = answered("x", [TEXT, NONE], ["text retriever"])
+    for names, accuracy in (([TEXT], 1.0), ([TEXT, "Table Retriever"], 0.5), ([TEXT, TEXT], 0.5),
+                            ([TEXT, NONE], 0.5)):
+        row["plan_1"]["retriever"] = names
+        assert score_row(row)["route_accuracy"] == accuracy
+    for nothing in ([], TEXT):
+        row["plan_1"]["retriever"] = nothing
+        with pytest.raises(ValueError, match="is no list of names"):
+            score_row(row)
 
 
 def test_intervals_are_those_of_the_binomial_distribution():
@@ -252,6 +267,28 @@ def test_questions_to_show_are_of_different_kinds(tmp_path):
     assert [row["i"] for row in different_kinds(rows, 6)] == [3, 0, 2, 4, 1, 5]
     assert [row["i"] for row in different_kinds(rows, 2)] == [3, 0]
     assert different_kinds(rows, 0) == []
+
+
+def test_a_mark_counts_later_options_where_they_are_not_at_their_defaults(bases, tmp_path):
+    """At the defaults it is that of the first release, computed here as it was then: a file that
+    was begun before the options were there is continued."""
+    flags = Flags(model=str(tmp_path), kb=("text=x",))
+    (tmp_path / "a.safetensors").write_bytes(b"weights")
+    before = {"k": 3, "seed": 5}
+    _, router = scripted(bases, None, **before)
+    weights = [checksum(tmp_path / "a.safetensors")]
+    kb = [base.mark for base in bases.values()]
+    first = [weights, kb, (), None, None, "float32", router.prompts, 3, 1, 4, 96, 0.0, 5]
+    marks = [f"{zlib.crc32(json.dumps(first).encode()):08x}"]
+    assert settings_mark(flags, router) == marks[0]
+    for option in ({"top_k": 20}, {"top_k": 21}, {"top_p": 0.9}, {"lower_case": True},
+                   {"several": True}, {"several": True, "lower_case": True},
+                   {"retries": 2, "temperature": 1.0}, {"temperature": 1.0}):
+        marks.append(settings_mark(flags, scripted(bases, None, **before, **option)[1]))
+    assert len(set(marks)) == len(marks)
+    # what changes no answer changes no mark
+    for option in ({"batch_size": 3}, {"call_tokens": 9999}, {"method": "direct"}):
+        assert settings_mark(flags, scripted(bases, None, **before, **option)[1]) == marks[0]
 
 
 def test_what_was_answered_is_not_asked_again(bases, tmp_path, capsys):

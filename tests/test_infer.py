@@ -121,6 +121,76 @@ def test_one_search_a_base_serves_all_that_wait(bases):
         assert all(name in hits[0].text and isinstance(hits, tuple) for hits in evidence.values())
 
 
+def two_bases(prompt, g):
+    """As capital_then_mayor, but the capital is searched for in tables and in passages, and the
+    mayor's list of retrievers ends with None."""
+    text = capital_then_mayor(prompt, g)
+    names = "Table Retriever, Text Retriever" if "capital" in text else "Text Retriever, None"
+    return text.replace("<ret> Text Retriever", f"<ret> {names}")
+
+
+def test_a_step_that_names_two_bases_searches_both(bases):
+    _, router = scripted(bases, two_bases, several=True, k=1)
+    [trajectory] = router.run([QUESTION])
+    assert (trajectory.answer, trajectory.malformed, trajectory.retrievals) == ("Vesna", 0, 3)
+    first, second = trajectory.steps[1], trajectory.steps[3]
+    # evidence comes in the order of the bases, whatever the order of the names
+    assert list(first.evidence) == ["text", "table"] and list(second.evidence) == ["text"]
+    lines = "ter-0: Kasten has capital Ortal.\ntar-0: Kasten population 35\n"
+    assert lines in first.conversation[1]["content"]
+    row = result_row(trajectory)
+    plan = row["plan_1"]
+    assert list(plan) == ["thought", "query", "retriever", "ter", "ter_scores", "tar",
+                          "tar_scores", "answer"]
+    assert plan["retriever"] == ["Table Retriever", "Text Retriever"]
+    assert (plan["ter"], plan["tar"]) == (["Kasten has capital Ortal."], ["Kasten population 35"])
+    assert plan["answer"] == {"thought": "read", "answer": "Ortal"}
+    assert row["plan_2"]["retriever"] == ["Text Retriever"] and "tar" not in row["plan_2"]
+
+
+def test_without_the_option_a_step_that_names_two_bases_is_malformed(bases):
+    def reply(prompt, g):
+        return two_bases(prompt, g) if prompt.startswith("R\n") else render_answer("t", "guess")
+    [trajectory] = scripted(bases, reply)[1].run([QUESTION])
+    assert trajectory.malformed == 1 and trajectory.retrievals == 0
+    assert trajectory.steps[0].parsed.reason.startswith("unknown retriever 'Table Retriever, T")
+
+
+def test_outputs_in_lower_case(bases):
+    """Sub-questions, searches, history and answers are; the question, the evidence and the names of
+    the retrievers are as they were."""
+    class Noting:
+        def __init__(self, base):
+            self.base, self.queries = base, []
+
+        def search(self, queries, k):
+            self.queries += queries
+            return self.base.search(queries, k)
+
+    def reply(prompt, g):
+        """The script knows its place by names in lower case too."""
+        text = capital_then_mayor(prompt.replace("Question: who", "Question: Who"), g)
+        return text.upper()
+
+    noting = {name: Noting(base) for name, base in bases.items()}
+    [trajectory] = scripted(noting, reply, lower_case=True)[1].run([QUESTION])
+    assert noting["text"].queries == ["what is the capital of kasten?", "who is mayor of ortal?"]
+    assert trajectory.answer == "vesna" and trajectory.malformed == 0
+    problems = [step.conversation[1]["content"] for step in trajectory.steps]
+    pairs = [("what is the capital of kasten?", "ortal"), ("who is mayor of ortal?", "vesna")]
+    assert problems[5] == final_problem(QUESTION["question"], pairs, False)
+    assert "ter-0: Kasten has capital Ortal.\n" in problems[1]
+    assert trajectory.steps[0].candidates[0].text == (
+        "<think> t0</think><sub-question> what is the capital of kasten?</sub-question>"
+        "<ret> text retriever</ret>")
+    plan = result_row(trajectory)["plan_1"]
+    assert plan["retriever"] == ["Text Retriever"]
+    assert (plan["query"], plan["answer"]["answer"]) == (pairs[0])
+    # and without the option they are read as they are
+    [trajectory] = scripted(bases, reply)[1].run([QUESTION])
+    assert trajectory.steps[0].parsed.query == "WHAT IS THE CAPITAL OF KASTEN?"
+
+
 def test_a_malformed_routing_step_ends_the_routing(bases):
     def reply(prompt, g):
         return "I would search." if prompt.startswith("R\n") else render_answer("t", "guess")
@@ -519,7 +589,8 @@ def test_defaults():
     assert vars(RouterOptions()) == {
         "method": "router", "k": 2, "static_k": None, "max_steps": 4, "max_new_tokens": 96,
         "temperature": 0.0, "top_k": 0, "top_p": 1.0, "samples": 1, "follow": None, "retries": 0,
-        "batch_size": 64, "call_tokens": 65536, "prompts": None, "shown": None, "seed": 0}
+        "lower_case": False, "several": False, "batch_size": 64, "call_tokens": 65536,
+        "prompts": None, "shown": None, "seed": 0}
 
 
 def test_options_at_their_limits():

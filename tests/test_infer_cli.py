@@ -110,7 +110,8 @@ def test_rows_of_other_settings_are_not_taken_from_out(noise_model, world, tmp_p
     os.utime(tmp_path / "model" / "model.safetensors", (1, 1))
     assert cli(capsys, *copy)[0] == 0 and (tmp_path / "r.jsonl").read_bytes() == before
     refused = [["--max-steps", 3], ["--max-new-tokens", 3], ["--temperature", 0.5], ["--seed", 1],
-               ["-k", 3], ["--dtype", "bfloat16"]]
+               ["-k", 3], ["--dtype", "bfloat16"], ["--top-k", 3], ["--lower-case"],
+               ["--several"]]
     for more in refused:
         code, _, err = cli(capsys, *copy, *more)
         assert code == 2 and len(err) == 1 and "name another --out" in err[0], more
@@ -382,6 +383,15 @@ def test_mistakes_get_one_line_and_exit_code_2(noise_model, world, tmp_path, cap
     (["--chat", "--out", "b"], "--out does nothing beside --chat"),
     (["--chat", "--method", "oracle"], "oracle, which needs gold hops"),
     (["--chat", "--method", "direct", "cot"], "give one method"),
+    (["--recipe", "paper"], "invalid choice: 'paper'"),
+    (["--score", "a", "--recipe", "released"], "--recipe does nothing beside --score"),
+    (["--recipe", "released", "-k", "2"],
+     "-k is 2, but --recipe released has 5 (src/answer_generation.py): leave out one of them"),
+    (["--recipe", "released", "--max-steps", "4"], "--max-steps is 4, but --recipe released has 3"),
+    (["--recipe", "released", "--no-several"], "--several is False, but --recipe released has"),
+    (["--recipe", "released", "--no-lower-case", "--chat"], "--lower-case is False, but"),
+    (["--recipe", "released", "--top-k", "0", "--question", "Who?"], "--top-k is 0, but"),
+    (["--top-k", "-1"], "--top-k is -1: give at least 0"),
     (["--image", "a.png"], "--image is the picture of --question"),
     (["--image", "a.png", "--eval", "a"], "--image is the picture of --question"),
     (["--threads", "-1"], "--threads is -1"), (["--threads", "1025"], "--threads is 1025"),

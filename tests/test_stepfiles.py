@@ -19,7 +19,7 @@ from parts.stepfiles import (FEWSHOT, StepExample, clean_rows, demonstrations, l
 from parts.steps import PROMPTS, AnswerStep, RouteStep, parse_step
 from parts.trajectory import result_row
 from retrieve import world_bases
-from scripted import gold_replies, scripted
+from scripted import QUESTION, capital_then_mayor, gold_replies, scripted
 from test_steps import rebuilt
 
 
@@ -343,6 +343,25 @@ def test_steps_that_are_written_are_those_that_were_asked(world, tmp_path):
         write_steps(file, results[5:6], router.prompts, "all")
     assert file.read_bytes() == before
     assert set(os.listdir(file.parent)) == {"steps.jsonl", "steps-pictures"}
+
+
+def test_steps_that_asked_several_bases_are_written(bases, tmp_path):
+    """The file lists their retrievers, and its problems quote the evidence of each."""
+    def reply(prompt, g):
+        both = "<ret> Table Retriever, Text Retriever"
+        return capital_then_mayor(prompt, g).replace("<ret> Text Retriever", both)
+
+    _, router = scripted(bases, reply, several=True)
+    [trajectory] = router.run([QUESTION])
+    write_steps(tmp_path / "s.jsonl", [result_row(trajectory)], router.prompts, "all")
+    [published] = rows_of(tmp_path / "s.jsonl")
+    first = {"query": "What is the capital of Kasten?",
+             "retriever": ["table retriever", "text retriever"]}
+    assert published["steps"][0]["answer"] == first
+    assert published["steps"][-2]["answer"] == {"query": "none", "retriever": ["none"]}
+    asked = [one.conversation[1]["content"] for one in trajectory.steps]
+    [steps] = steps_to_train_on(tmp_path / "s.jsonl")
+    assert [one.problem for one in steps] == asked
 
 
 def test_pictures_beside_the_step_file_are_named_from_there(world, tmp_path):

@@ -163,11 +163,50 @@ def test_malformed_steps_are_named(text, reason):
     assert parse_step(text) == StepError(reason, text)
 
 
+@pytest.mark.parametrize("query, retriever, names, bases", [
+    ("q", "Text Retriever, Table Retriever", ["Text Retriever", "Table Retriever"],
+     ("text", "table")),
+    ("q", "table retriever ,\n TEXT RETRIEVER,text image retriever",
+     ["Table Retriever", "Text Retriever", "Text Image Retriever"], ("table", "text", "image")),
+    ("q", "Text Retriever", ["Text Retriever"], ("text",)),
+    ("q", "Text Retriever,Text Retriever", ["Text Retriever"], ("text",)),      # once
+    # what stands before a None is searched
+    ("q", "Text Retriever, None", ["Text Retriever"], ("text",)),
+    ("q", "Text Retriever, none, Table Retriever", ["Text Retriever"], ("text",)),
+    # None at the beginning, or as sub-question, means None in both
+    ("q", "None, Text Retriever", ["None"], ()),
+    ("none", "Text Retriever, Table Retriever", ["None"], ()),
+    ("", "none, none", ["None"], ()),
+])
+def test_lists_of_retrievers(query, retriever, names, bases):
+    step = parse_step(render_route("t", query, retriever), several=True)
+    assert (step.names, step.bases) == (names, bases)
+    assert step == RouteStep("t", query if bases else "None", ", ".join(names))
+
+
+@pytest.mark.parametrize("query, retriever, reason", [
+    ("q", "Text Retriever,", "unknown retriever ''"),
+    ("q", ", Text Retriever", "unknown retriever ''"),
+    ("q", "Text Retriever Table Retriever", "unknown retriever 'Text Retriever Table Retriever'"),
+    ("q", "Text Retriever; Table Retriever", "unknown retriever 'Text Retriever; Table Retriever'"),
+    ("q", "Text Retriever, Google", "unknown retriever 'Google'"),
+    ("q", "Text Retriever, None, Google", "unknown retriever 'Google'"),        # wherever it stands
+    ("q", "None, Google", "unknown retriever 'Google'"),
+    ("", "Text Retriever, Table Retriever", "empty sub-question"),
+])
+def test_malformed_lists_are_named(query, retriever, reason):
+    text = render_route("t", query, retriever)
+    assert parse_step(text, several=True) == StepError(reason, text)
+
+
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from(PIECES)).map("".join))
+@given(st.lists(st.sampled_from([*PIECES, ",", "Table Retriever"])).map("".join))
 def test_the_parser_never_raises_and_accepts_only_the_two_shapes(text):
-    step = parse_step(text)
-    assert isinstance(step, StepError) or re.findall(r"</?[a-z-]+>", text) == TAGS[type(step)]
+    """With lists it accepts all that it accepts without, and reads it the same."""
+    step, listed = parse_step(text), parse_step(text, several=True)
+    assert isinstance(step, StepError) or step == listed
+    for one in (step, listed):
+        assert isinstance(one, StepError) or re.findall(r"</?[a-z-]+>", text) == TAGS[type(one)]
 
 
 @settings(max_examples=300, deadline=None)

@@ -37,6 +37,18 @@ def test_a_routed_trajectory():
     assert list(row["cost"]) == list(COSTS) and row["cost"]["seconds_model"] == 0.123457
 
 
+def test_a_step_that_asks_two_bases():
+    """A published row lists the retrievers, and the passages of each under its label."""
+    steps = (step("route", RouteStep("t1", "q1", "Table Retriever, Text Retriever")),
+             step("answer", AnswerStep("t2", "a1"), evidence={"text": HITS, "table": HITS[:1]}),
+             step("final", AnswerStep("t3", "a2")))
+    plan = result_row(trajectory(*steps))["plan_1"]
+    assert plan == {
+        "thought": "t1", "query": "q1", "retriever": ["Table Retriever", "Text Retriever"],
+        "ter": ["one", "two"], "ter_scores": [0.1235, 0.5], "tar": ["one"], "tar_scores": [0.1235],
+        "answer": {"thought": "t2", "answer": "a1"}}
+
+
 def test_methods_that_route_nothing():
     """A plan for each search; the last answer is the answer of the row alone."""
     first = step("answer", StepError("no tags", "junk"), "q1", {"text": HITS, "image": ()})
