@@ -15,7 +15,7 @@ estimator (Schulman, "Approximating KL divergence", 2020), advantages without di
 
 Two ways to judge an output
     published   the default of RewardOptions: the released rule, number for number. Tags are found
-                anywhere; the sub-questions are compared whatever they say, "none" and "" too; several
+                anywhere; sub-questions are compared whatever they say, "none" and "" too; several
                 known bases earn the similarity alone, an unknown one nothing
     strict      the default of training (--form): parse_step must accept the whole output, so text
                 outside the tags, or tags out of order, earn nothing; none in one place means none
@@ -220,16 +220,16 @@ def state_advantages(rewards, states, scale=True, eps=1e-6):
     """Credit by state: which step of a trajectory was good, from final answers alone.
 
     Trajectories of one question begin alike, and part where they sample differently. The steps that
-    answered the same state, that is the same prompt, are a group of Step-GRPO's kind: one situation,
-    several continuations, each judged by how its trajectory ended (the anchor-state groups of
-    GiGPO, 2505.10978).
+    answered the same state, which is the same prompt, are a group of Step-GRPO's kind: one
+    situation, several continuations, each judged by how its trajectory ended (the anchor-state
+    groups of GiGPO, 2505.10978).
 
         Eq. 7   A_(i,t) = (R_i - mean(R_j)) / (std(R_j) + eps),   over all steps (j, u) whose state
                                                                   is that of (i, t)
 
     rewards (n,): R of each of the n trajectories of a question; states: for each trajectory the
-    states of its steps, anything that can be compared and hashed -> for each trajectory (its steps,)
-    advantages. A state that only one step has seen, or behind which all ended alike, gives 0.
+    states of its steps, anything that can be a key -> for each trajectory the advantages of its
+    steps, (steps,). A state that one step alone has seen, or behind which all ended alike, gives 0.
     """
     number_of = {}                                          # state -> number of its group
     step_rewards, groups = [], []

@@ -24,8 +24,12 @@ Deviations from the paper and from the released code, with the reason
       recipe (offline) asks prompts with gold history and retrieves nothing.
     * Step prompts are drawn evenly over their gold route (see `balanced`): as they come, a rare
       route dies out.
-    * Groups without variance are left out of the update, and prompts that are always solved are
-      drawn less often.
+    * Groups without variance are left out of the update, with their KL and entropy terms, and
+      prompts that are always solved are drawn less often.
+    * Final answers alone are enough for --mode outcome, where credit goes by state (Eq. 7); the
+      paper gives none to a trajectory as a whole.
+    * Every update samples anew; the released code cuts one rollout into several updates.
+    * --recipe released takes the released settings: parts/recipes.py, docs/recipe.md.
 """
 import copy
 import math
@@ -33,65 +37,43 @@ import random
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from grpo import RewardOptions, group_advantages, grpo_loss, similarity_table, step_reward
+from grpo import (RewardOptions, group_advantages, grpo_loss, similarity_table, state_advantages,
+                  step_reward, token_weights)
 from infer import Router, Search
 from model import VLM
 from parts.batches import Mixture, count_tokens, in_budget, make_batch, pack
 from parts.chat import Processor
-from parts.evaluate import evaluate
-from parts.groups import (Group, Interest, balanced, groups_by_prompt, groups_of, mean_of, nearness,
-                          outcome_reward, reward_metrics)
-from parts.live import Live, gold_base, nearest_hops, practice_rows
+from parts.groups import (Group, Interest, balanced, groups_by_prompt, groups_of, mean_of,
+                          nearness, outcome_reward, reward_metrics, states_of)
+from parts.live import Live, check_hops, gold_base, nearest_hops, practice_rows
 from parts.lora import add_lora, load_adapter, lora_disabled, merge_lora
 from parts.modeldir import (keep_others, prompts_in, read_model, start_previous_token_head,
                             write_model)
 from parts.pretrained import load_encoder
-from parts.questions import embedded_world, golds_of, load_questions
-from parts.stepfiles import offline_rows, read_sources, system_prompts
+from parts.questions import embedded_world, golds_of
+from parts.settings import ExportOptions, GrpoOptions, SftOptions, ShowOptions, complete
+from parts.stepfiles import (clean_rows, is_step_file, offline_rows, read_sources,
+                             steps_to_train_on, system_prompts)
 from parts.steps import BASES, parse_step
 from parts.trajectory import Candidate
+from parts.validation import on_questions, on_steps
 from plumbing.files import read_json, replacing, run_command
-from plumbing.options import OneLineParser, add_flags, from_flags, option
+from plumbing.options import OneLineParser, add_flags, from_flags
 from plumbing.ranks import (backward, expect_pictures, first_rank_first, gather, in_step,
                             join_ranks, leave_ranks, mine, tell, together, total)
-from plumbing.run import RunOptions, open_run, reading_checkpoint
+from plumbing.run import open_run, reading_checkpoint
 from plumbing.weights import usable_device
-from retrieve import world_bases
-
-
-@dataclass(frozen=True)
-class TrainOptions(RunOptions):
-    """Options of both kinds of training; those of a run stand in plumbing/run.py."""
-    model: str = option("weights/tiny-warm", "model directory to start from; without weights in "
-                        "it, from random ones")
-    dtype: str = option("float32", "type of the weights in a pass; the optimizer works in float32 "
-                        "in any case", choices=("float32", "bfloat16"))
-    checkpointing: bool = option(False, "compute activations again in the backward pass instead of "
-                                 "keeping them")
-    threads: int = option(0, "CPU threads of torch; 0 leaves torch's choice", most=1024)
-    val_world: str = option("", "a world to validate on through the router, for the choice of the "
-                            "best checkpoint; by default the embedded one")
-    val_questions: int = option(260, "questions of a validation", least=1)
+from retrieve import load_bases, world_bases
 
 
 # ------------------------------------------------------------------------------ supervised training
-
-@dataclass(frozen=True)
-class SftOptions(TrainOptions):
-    """Supervised training on step files."""
-    data: tuple = option((), "step files, each may carry its share of the examples: steps.jsonl=3 "
-                         "copy.jsonl=1", nargs="+")
-    tokens: int = option(1536, "token budget of a batch, padding included", least=1)
-    previous_token_head: bool = option(False, "start from random weights with one head of the "
-                                       "first layers attending to the token before")
-
 
 def sft(o):
     """Supervised training: cross-entropy of the response tokens, nothing else."""
@@ -136,69 +118,6 @@ def sft(o):
 
 # ---------------------------------------------------------------------------------------- Step-GRPO
 
-@dataclass(frozen=True)
-class GrpoOptions(TrainOptions):
-    """Step-GRPO and its ablations; by default weights/tiny-warm learns in the embedded world."""
-    out: str = option("runs/step-grpo", "folder of the run; an unfinished run there is continued")
-    steps: int = option(250, "number of updates", least=1)
-    val_every: int = option(50, "updates between validations; 0: none")
-    mode: str = option("online", "offline: step files with gold history; online: live "
-                       "trajectories, a group a step; outcome: a group a question",
-                       choices=("offline", "online", "outcome"))
-    data: tuple = option((), "offline: step files", nargs="+")
-    world: str = option("", "online, outcome: a world to practise in; by default the embedded one")
-    encoder: str = option("lexical", "offline: the encoder that measures similarity; online takes "
-                          "the text base's")
-    prompts: int = option(32, "step prompts an update (offline, online)", least=1)
-    questions: int = option(8, "questions an update (outcome)", least=1)
-    group: int = option(8, "samples of a prompt: the group G", least=2)
-    temperature: float = option(1.0, "of sampling, and of the log-probabilities in the loss",
-                                least=0.01)
-    max_new_tokens: int = option(64, "longest output", least=1)
-    call_tokens: int = option(65536, "token budget of a model call in sampling: prompts, and room "
-                              "for all outputs", least=1)
-    balance: bool = option(True, "draw step prompts evenly over their gold route (offline, "
-                           "online), questions over their routes (outcome)")
-    answer_share: float = option(0.25, "share of answering steps among the prompts, where they are "
-                                 "balanced", most=1)
-    rest: float = option(0.8, "how much less often solved prompts are drawn: 0 as often, 1 never "
-                         "again", most=1)
-    follow: str = option("random", "online: the candidate that the trajectory goes on with",
-                         choices=("random", "best"))
-    match: float = option(0.9, "online: how similar to an open gold hop a sub-question must be to "
-                          "stand for it")
-    ready: bool = option(False, "online: measure a sub-question by those open hops alone that can "
-                         "be asked for by now")
-    open_questions: int = option(160, "online: trajectories that are under way at once", least=1)
-    k: int = option(2, "online, outcome: passages of evidence", least=1)
-    max_steps: int = option(4, "online, outcome: sub-questions at most", least=1)
-    form: str = option("strict", "of the reward: strict pays only what the router can read, "
-                       "published searches for tags", choices=("strict", "published"))
-    similarity_weight: float = option(0.5, "of the routing reward")
-    route_weight: float = option(0.5, "of the routing reward")
-    answer_rule: str = option("published", "of the answering reward",
-                              choices=("published", "recall", "f1", "exact"))
-    price: float = option(0.0, "taken off the reward for each retrieval asked for")
-    scale: bool = option(True, "divide advantages by the group's standard deviation")
-    clip: float = option(0.2, "the ratio is clipped below 1 - clip")
-    clip_high: float = option(0.0, "the ratio is clipped above 1 + clip_high; 0: as --clip")
-    kl_coef: float = option(0.0, "weight of the KL term; 0 computes no reference")
-    entropy_coef: float = option(0.0, "bonus for entropy on the tokens between the ret tags")
-    level: str = option("token", "of the loss: mean over all tokens, or over outputs",
-                        choices=("token", "sequence"))
-    fill: int = option(8, "sample until this many groups of an update teach something (outcome "
-                       "mode has a group for each prompt, and hardly ever samples twice)")
-    tries: int = option(4, "sample at most this many times for an update", least=1)
-    updates: int = option(1, "passes over a batch of samples; above 1 the clip matters", least=1)
-    tokens: int = option(2048, "token budget of a micro-batch of the update: prompts and outputs",
-                         least=1)
-    lora_rank: int = option(0, "train an adapter of this rank instead of all weights; 0 trains all",
-                            most=4096)
-    lora_alpha: float = option(32.0, "the adapter is scaled by alpha / rank")
-    drop: tuple = option((), "offline: rows to leave out", nargs="*",
-                         choices=("no_picture", "repeats", "no_information"))
-
-
 def grpo(o):
     """Step-GRPO on one screen: sample, reward, advantage, loss, update, log, save."""
     join_ranks(o.device)
@@ -209,7 +128,7 @@ def grpo(o):
     prompts = prompts_in(o.model)
     router = router_of(o, model, processor, bases, prompts, temperature=o.temperature)
     reference = reference_of(o, model)
-    with training_run(o, model, processor, prompts) as run:
+    with training_run(o, model, processor, prompts, bases if o.kb else None) as run:
         source = SOURCES[o.mode](o, run, router, rows)
         for number in run.updates():                    # which also validates and saves
             began = run.now()
@@ -247,7 +166,7 @@ def sample_groups(o, source, number):
     step of the same size however few groups it is made of, updates from one or two of them are
     noise that wears down what was learned.
     """
-    groups, all_counts = [], []
+    groups, all_counts, mixed = [], [], 0
     for i in range(o.tries):
         new_groups, counts = source.groups(random.Random(f"{o.seed} {number} {i}"))
         for group in new_groups:
@@ -255,11 +174,13 @@ def sample_groups(o, source, number):
                 raise FloatingPointError(f"step {number + 1}: the policy's probabilities are no "
                                          f"numbers; the last good checkpoint is {o.out}/last; try "
                                          "a lower --learning-rate")
-            if o.mode != "outcome":             # there the group is the question, not the prompt
+            if group.advantages is None:        # else it has those of its question
                 set_advantages(o, group)
         groups += new_groups
         all_counts.append(counts)
-        if sum(group.teaches for group in groups) >= o.fill:
+        teaching = sum(group.teaches for group in new_groups)
+        mixed += counts.get("mixed_questions", teaching)
+        if mixed >= o.fill:
             break
     if not groups:
         raise ValueError(f"step {number + 1}: no prompt was left to sample, "
@@ -288,8 +209,7 @@ class Offline:
         for steps in trajectories:
             self.steps += steps
         self.keys = {id(step): str(place) for place, step in enumerate(self.steps)}
-        queries = [{"text": step.answer["query"]} for step in self.steps if step.kind == "ret"]
-        self.encoder, _ = load_encoder(o.encoder).fitted(queries)
+        self.encoder = encoder_of(o, self.steps)
         self.interest = Interest(o.rest, run.state.setdefault("interest", {}))
 
     def key(self, step):
@@ -306,6 +226,13 @@ class Offline:
                 self.interest.learn(self.key(step), group.solved)
         groups = [group for group in groups if group is not None]
         return groups, {"too_long": len(steps) - len(groups), "reward_s": seconds}
+
+
+def encoder_of(o, steps):
+    """The encoder that measures the similarity of sub-questions to those of steps of a file."""
+    queries = [{"text": step.answer["query"]} for step in steps if step.kind == "ret"]
+    encoder, _ = load_encoder(o.encoder).fitted(queries)
+    return encoder
 
 
 def timed_groups(o, run, prompts, outputs, encoder):
@@ -361,7 +288,8 @@ class Online:
         for text in outputs:
             candidates = ()
             if text is not None:
-                candidates = (Candidate(text, token_ids=(), logps=(), parsed=parse_step(text)),)
+                parsed = parse_step(text, self.o.several)
+                candidates = (Candidate(text, token_ids=(), logps=(), parsed=parsed),)
             step = self.router.step(live.question, (), candidates, followed=0)
             self.follow([live], [step])
             self.search([live])
@@ -441,24 +369,29 @@ class Online:
 
 
 class Outcome:
-    """Trajectory-level GRPO: G trajectories of a question are the group, the recall of the final
-    answer is the only reward."""
+    """Whole trajectories, G of a question, and the recall of its final answer as the only reward:
+    nothing else of the question is read. Credit by state compares steps that answered the same
+    prompt (Eq. 7); by trajectory, all steps share the advantage of their trajectory (Eq. 3)."""
 
     def __init__(self, o, run, router, rows):
         self.o, self.run, self.router, self.rows = o, run, router, rows
         self.interest = Interest(o.rest, run.state.setdefault("interest", {}))
         self.by_routes = {}                     # gold bases of all hops -> rows
-        for row in rows:
-            routes = " ".join(gold_base([hop]) for hop in row["hops"])
-            self.by_routes.setdefault(routes, []).append(row)
+        if o.balance and any(row.get("hops") is None for row in rows):
+            tell("not every question has gold hops: questions are drawn as they come (--balance "
+                 "needs the routes of all)")
+        elif o.balance:
+            for row in rows:
+                routes = " ".join(gold_base([hop]) for hop in row["hops"])
+                self.by_routes.setdefault(routes, []).append(row)
 
     def key(self, row):
         return str(row.get("kind"))
 
     def draw(self, rng):
-        """The questions of an update, evenly over their routes."""
+        """The questions of an update, evenly over their routes where these are known."""
         pools, rows = [self.rows] * self.o.questions, []
-        if self.o.balance:
+        if self.by_routes:
             names = sorted(self.by_routes)
             pools = [self.by_routes[rng.choice(names)] for _ in pools]
         for pool in pools:
@@ -467,25 +400,35 @@ class Outcome:
         return rows
 
     def groups(self, rng):
+        return self.ask(self.draw(rng))
+
+    def ask(self, rows):
+        """G trajectories of each question -> their steps as groups, with advantages, and counts."""
         G = self.o.group
-        rows = self.draw(rng)
         repeated = [row for row in rows for _ in range(G)]
         trajectories = self.router.run(repeated, generator=self.run.generator)
         start = self.run.now()
         rewards = [outcome_reward(trajectory) for trajectory in trajectories]
         seconds = self.run.now() - start
-        question = torch.arange(len(rows)).repeat_interleave(G)
-        advantages = group_advantages(torch.tensor(rewards), question, self.o.scale)    # Eq. 3
-        groups = []
+        groups, mixed = [], 0
         for first in range(0, len(trajectories), G):
-            own = slice(first, first + G)
-            groups += groups_by_prompt(trajectories[own], rewards[own], advantages[own].tolist())
-            self.interest.learn(self.key(trajectories[first].row), min(rewards[own]) == 1)
+            own, R = trajectories[first:first + G], rewards[first:first + G]
+            groups += groups_by_prompt(own, R, self.advantages(own, R))
+            mixed += max(R) > min(R)
+            self.interest.learn(self.key(own[0].row), min(R) == 1)
         count = len(trajectories)
-        return groups, {"reward": sum(rewards) / count,
+        return groups, {"reward": sum(rewards) / count, "mixed_questions": mixed,
                         "retrievals": sum(t.retrievals for t in trajectories) / count,
                         "malformed": sum(t.malformed > 0 for t in trajectories) / count,
                         "too_long": sum(t.too_long for t in trajectories), "reward_s": seconds}
+
+    def advantages(self, trajectories, rewards):
+        """For each trajectory of a question the advantages of its steps."""
+        if self.o.credit == "state":
+            return state_advantages(rewards, states_of(trajectories), self.o.scale)     # Eq. 7
+        rewards = torch.tensor(rewards)
+        of_trajectories = group_advantages(rewards, torch.zeros_like(rewards), self.o.scale)
+        return [A.expand(len(t.steps)) for A, t in zip(of_trajectories, trajectories)]  # Eq. 3
 
 
 SOURCES = {"offline": Offline, "online": Online, "outcome": Outcome}
@@ -502,10 +445,11 @@ def accumulate(o, model, reference, processor, groups):
     groups = sorted(groups, key=Group.size)
     expect_pictures(model, any(group.has_picture() for group in groups))
     batches = in_budget(mine(groups), Group.size, o.tokens)
+    entropy_on = o.entropy_on if o.entropy_coef else None
     loss_sum = kl_sum = entropy_sum = clipped_sum = 0.0
     ratio_min, ratio_max = math.inf, -math.inf
     for batch, weight in in_step(batches, groups[:1]):      # weight 0: other ranks have one more
-        inputs, old, advantages, route = pack(processor, batch, o.device, o.entropy_coef > 0)
+        inputs, old, advantages, bonus = pack(processor, batch, o.device, entropy_on)
         mask = inputs["mask"]                                                       # (N n, L)
         logp, entropy = model.group_log_probs(**inputs, temperature=o.temperature,
                                               entropy="grad" if o.entropy_coef else "value")
@@ -517,7 +461,8 @@ def accumulate(o, model, reference, processor, groups):
                                   clip_high=o.clip_high or None, kl_coef=o.kl_coef,
                                   level=o.level, normalizer=normalizer)
         if o.entropy_coef:
-            loss = loss - o.entropy_coef * (entropy * route).sum() / normalizer
+            share = token_weights(mask, o.level, normalizer)                        # (M,)
+            loss = loss - o.entropy_coef * (share * (entropy * bonus)[mask]).sum()
         backward(loss, weight)
         if weight:
             loss_sum += loss.item()
@@ -556,11 +501,12 @@ class RankRouter(Router):
         return together(super().sample(mine(conversations), generator, n, mine(noise)))
 
 
-def router_of(o, model, processor, bases, prompts, **more):
+def router_of(o, model, processor, bases, prompts=None, **more):
     """A router with the options of this training; in sft, which has none, with the defaults."""
     if isinstance(o, GrpoOptions):
         more |= {name: getattr(o, name)
-                 for name in ("k", "max_steps", "max_new_tokens", "call_tokens")}
+                 for name in ("k", "max_steps", "max_new_tokens", "call_tokens", "lower_case",
+                              "several")}
     return RankRouter(model, processor, bases, prompts=prompts, **more)
 
 
@@ -582,13 +528,33 @@ def load_model(o):
 
 
 def practice(o):
-    """The questions of the world that --world names, and its bases."""
-    if o.data:
-        raise ValueError(f"--data does nothing beside --mode {o.mode}: give --world a world")
+    """The questions to practise on, and the bases that they are asked of: of one's own, or those of
+    a world."""
+    if o.kb and o.world:
+        raise ValueError("--world does nothing beside --kb: the questions are those of --data")
+    if o.kb and not o.data:
+        raise ValueError("--kb names bases: give --data with the questions to practise on")
     with first_rank_first():
-        world = o.world or embedded_world("train", "train", 0, 3000)
-        bases = world_bases(world)
-    return practice_rows(world), bases
+        if o.kb:
+            bases = own_bases(o)
+        else:
+            world = o.world or embedded_world("train", "train", 0, 3000)
+            bases = world_bases(world)
+    files = o.data or [Path(world) / "questions.jsonl"]
+    rows = practice_rows(files, o.images or None)
+    if o.mode == "online":
+        check_hops(rows)
+    return rows, bases
+
+
+def own_bases(o):
+    """The bases of --kb: the router needs all three."""
+    bases = load_bases(o.kb)
+    for name in BASES:
+        if name not in bases:
+            raise ValueError(f"--kb: the router needs the knowledge base {name!r}, too: give "
+                             f"{name}=DIR")
+    return bases
 
 
 def offline(o):
@@ -598,43 +564,81 @@ def offline(o):
     return offline_rows(o.data, o.drop), dict.fromkeys(BASES)
 
 
-def training_run(o, model, processor, prompts):
-    """The folder of a run of this model, new or continued, as a context."""
-    def validate(model, number):
-        with first_rank_first():
-            world = o.val_world or embedded_world("val", "val", 0, 260)
-            bases = world_bases(world)
-        rows, _ = load_questions(Path(world) / "questions.jsonl", limit=o.val_questions)
-        scores = evaluate(router_of(o, model, processor, bases, prompts).run(rows))
-        tell("validation after step {}: F1-Recall {f1_recall:.3f}, routing {route_accuracy:.3f}, "
-             "retrievals {retrievals:.2f} (gold {gold_retrievals:.2f}), malformed {malformed:.3f}"
-             .format(number, **scores), sys.stdout)
-        return scores
-
+def training_run(o, model, processor, prompts, bases=None):
+    """The folder of a run of this model, new or continued, as a context. bases: those of --kb,
+    where they are open already."""
+    o = replace(o, learning_rate=rate_of(o, model))
+    own = o.kb or getattr(o, "recipe", None)
+    if o.val_every and own and not (o.val or o.val_world):
+        tell("nothing is validated, and no best checkpoint chosen: name a file with --val")
+        o = replace(o, val_every=0)
+    validate, best_by = None, None
+    if o.val_every:
+        validate, best_by = validation(o, processor, prompts, bases)
     save = partial(write_model, origin=o.model, prompts=prompts)
-    return open_run(o, model, save=save, load=read_model, validate=validate, best_by="f1_recall")
+    return open_run(o, model, save=save, load=read_model, validate=validate, best_by=best_by)
+
+
+DEFAULT_RATE = 3e-4
+
+
+def rate_of(o, model):
+    """The peak of the learning rate. ValueError where none is named and the default would destroy
+    the model."""
+    weights = sum(p.numel() for p in model.parameters())
+    if o.learning_rate is not None:
+        return o.learning_rate
+    if weights > 100e6 and not getattr(o, "lora_rank", 0):
+        raise ValueError(f"--learning-rate: name one. The default, {DEFAULT_RATE:g}, is for models "
+                         f"of a million weights, and all {weights:,} of this one are trained; the "
+                         "released recipe has 1e-6")
+    return DEFAULT_RATE
+
+
+def validation(o, processor, prompts, bases):
+    """(validate, the score that chooses the best checkpoint): on the steps or the questions of
+    --val, or on the questions of a world. bases: those of --kb, where they are open already."""
+    if o.val and is_step_file(o.val):
+        if getattr(o, "mode", None) != "offline":
+            raise ValueError(f"--val {o.val} holds steps, which are judged in train.py grpo --mode "
+                             "offline alone: give it questions")
+        rows, _ = clean_rows(steps_to_train_on(o.val), ())
+        steps = [step for row in rows[:o.val_questions] for step in row]
+        rewards = partial(rewards_of, o, encoder_of(o, steps))
+        make_router = partial(router_of, o, processor=processor, bases=dict.fromkeys(BASES))
+        return on_steps(make_router, steps, rewards), "reward"
+
+    if o.val and not (o.kb or o.val_world):
+        raise ValueError(f"--val {o.val} holds questions: name the bases that they are asked of "
+                         "with --kb or --val-world")
+    with first_rank_first():
+        if o.val and o.kb:
+            bases = bases or own_bases(o)
+        else:
+            world = Path(o.val_world or embedded_world("val", "val", 0, 260))
+            bases = world_bases(world)
+    rows = practice_rows([o.val or world / "questions.jsonl"], o.images or None, o.val_questions)
+    make_router = partial(router_of, o, processor=processor, bases=bases, prompts=prompts)
+    return on_questions(make_router, rows), "f1_recall"
 
 
 # ---------------------------------------------------------------------------------- show and export
 
-@dataclass(frozen=True)
-class ShowOptions(GrpoOptions):
-    """One question as training sees it: the group of each step, its rewards and advantages."""
-    question: int = option(0, "number of the question in the world's file")
-    follow: str = option("best", "the candidate that the trajectory goes on with",
-                         choices=("random", "best"))
-
-
 def show(o):
-    """Prints a trajectory with the whole group of every step: the arithmetic of Eq. 1 to 3 on real
-    outputs. Nothing is trained."""
+    """Prints a trajectory with the whole group of every step, the arithmetic of Eq. 1 to 3 on real
+    outputs; with --mode outcome the trajectories of a question by state (Eq. 7). No training."""
+    if o.mode == "offline":
+        raise ValueError("--mode offline has no trajectory to show: give online or outcome")
     model, processor, _ = load_model(o)
     rows, bases = practice(o)
     if o.question >= len(rows):
         raise ValueError(f"--question {o.question}: the world has questions 0 to {len(rows) - 1}")
     router = router_of(o, model, processor, bases, prompts_in(o.model), temperature=o.temperature)
     generator = torch.Generator(o.device).manual_seed(o.seed)
-    run = SimpleNamespace(state={}, generator=generator, now=time.time)     # all that Online needs
+    run = SimpleNamespace(state={}, generator=generator, now=time.time)     # what a source needs
+    if o.mode == "outcome":
+        show_states(o, Outcome(o, run, router, rows), rows[o.question])
+        return
     source, rng = Online(o, run, router, rows), random.Random(o.seed)
     live = source.start(o.question)
     print(f"{live.row['question']}   gold: {' | '.join(map(str, golds_of(live.row)))}")
@@ -656,15 +660,17 @@ def show(o):
                     print(f"  evidence {hit.score:.3f}  {hit.text}")
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """A checkpoint of a run as a plain model directory; an adapter is merged into its base."""
-    run: str = option("runs/run", "folder of the run")
-    which: str = option("best", "the checkpoint with the best validation, or the last one",
-                        choices=("best", "last"))
-    out: str = option("weights/mine", "model directory to write; other files there stay")
-    dtype: str = option("float16", "type of the weights on disk",
-                        choices=("float32", "bfloat16", "float16"))
+def show_states(o, source, row):
+    """Prints G trajectories of a question, state by state: the answers to a prompt, what the
+    trajectory of each earned in the end (R), and the advantage that follows from it."""
+    print(f"{row['question']}   gold: {' | '.join(map(str, golds_of(row)))}")
+    groups, counts = source.ask([row])
+    print(f"{o.group} trajectories, mean reward {counts['reward']:.3f}, credit by {o.credit}")
+    for group in groups:
+        prompt = group.as_row()["prompt"].strip().replace("\n", " / ")
+        print(f"\nstate, {len(group.candidates)} answered it: {prompt}")
+        for line in group.lines():
+            print(f"  {line}")
 
 
 def export(o):
@@ -709,7 +715,9 @@ def command(words):
     options, function = COMMANDS[name]
     parser = OneLineParser(prog=f"train.py {name}", description=options.__doc__)
     add_flags(parser, options)
-    function(from_flags(options, parser.parse_args(flags)))
+    args = parser.parse_args(flags)
+    complete(vars(args))
+    function(from_flags(options, args))
 
 
 def main(argv=None):

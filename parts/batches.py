@@ -30,9 +30,9 @@ class Mixture:
     """Endless batches from several files, each file drawn in proportion to its share and without
     repetition within an epoch.
 
-    Batch (pool, i) depends on the seed alone, so a run continues at the same place. The examples of
-    a pool are sorted by length before they are cut into batches, so that little is padded; the
-    order of the batches is shuffled again.
+    Batch (pool, i) depends on the seed and on the names of the files alone, so a run continues at
+    the same place. The examples of a pool are sorted by length before they are cut into batches, so
+    that little is padded; the order of the batches is shuffled again.
     """
     POOL = 1024
 
@@ -111,9 +111,9 @@ def to_device(batch, device):
     return moved
 
 
-def pack(processor, groups, device, entropy):
+def pack(processor, groups, device, entropy_on=None):
     """Groups -> the inputs of model.group_log_probs, the old log-probabilities (N n, L), the
-    advantages (N n,), and, where `entropy` asks for them, the route tokens (N n, L).
+    advantages (N n,), and which tokens (N n, L) get a bonus for entropy: "route" or "all", or none.
 
     Groups of different sizes (outcome mode) are filled up with empty responses, which the mask
     keeps out.
@@ -126,7 +126,7 @@ def pack(processor, groups, device, entropy):
     L = max(lengths)
     tokens = torch.zeros(N, n, L, dtype=torch.long)
     mask = torch.zeros(N, n, L, dtype=torch.bool)
-    route = torch.zeros(N, n, L, dtype=torch.bool)
+    bonus = torch.zeros(N, n, L, dtype=torch.bool)
     old = torch.zeros(N, n, L)
     advantages = torch.zeros(N, n)
     for i, group in enumerate(groups):
@@ -136,13 +136,15 @@ def pack(processor, groups, device, entropy):
             tokens[i, j, own] = torch.tensor(candidate.token_ids)
             mask[i, j, own] = True
             old[i, j, own] = torch.tensor(candidate.logps)
-            if entropy:
-                route[i, j, own] = torch.tensor(route_tokens(processor, candidate))
+            if entropy_on == "route":
+                bonus[i, j, own] = torch.tensor(route_tokens(processor, candidate))
+            elif entropy_on == "all":
+                bonus[i, j, own] = True
     inputs = processor([group.conversation for group in groups])
     inputs["tokens"] = tokens.flatten(0, 1)                                         # (N n, L)
     inputs["mask"] = mask.flatten(0, 1)
-    old, advantages, route = old.flatten(0, 1), advantages.flatten(), route.flatten(0, 1)
-    return to_device(inputs, device), old.to(device), advantages.to(device), route.to(device)
+    old, advantages, bonus = old.flatten(0, 1), advantages.flatten(), bonus.flatten(0, 1)
+    return to_device(inputs, device), old.to(device), advantages.to(device), bonus.to(device)
 
 
 def route_tokens(processor, candidate):

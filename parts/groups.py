@@ -19,12 +19,15 @@ from parts.score import answer_scores
 from parts.steps import RouteStep
 
 
+PARTS = ("form", "similarity", "route", "answer")       # of a grpo.Reward
+
+
 @dataclass
 class Group:
     """G outputs of one prompt, what each earned, and where they belong.
 
     In outcome mode: those outputs of a question's G trajectories that answered the same prompt,
-    each with the reward and advantage of its trajectory.
+    each with the reward of its trajectory.
     """
     conversation: list
     prompt_ids: tuple
@@ -88,14 +91,17 @@ class Group:
                 "image": images[0] if images else None, "gold": self.golds, "outputs": outputs}
 
     def lines(self):
-        """A line of text for each output: what it earned, and what it says."""
+        """A line of text for each output: what it (in outcome mode its trajectory, R) earned, and
+        what it says."""
         lines = []
-        for candidate, reward, advantage in zip(self.candidates, self.parts, self.advantages):
-            words = [f"r {reward.total:.3f}", f"A {advantage:+.3f}",
+        for i, candidate in enumerate(self.candidates):
+            earned = f"{'r' if self.parts else 'R'} {self.rewards[i]:.3f}"
+            words = [earned, f"A {self.advantages[i]:+.3f}",
                      f"{len(candidate.token_ids):2d} tokens"]
-            for name in ("form", "similarity", "route", "answer"):
-                if getattr(reward, name) is not None:
-                    words.append(f"{name} {getattr(reward, name):.2f}")
+            for name in PARTS if self.parts else ():
+                value = getattr(self.parts[i], name)
+                if value is not None:
+                    words.append(f"{name} {value:.2f}")
             lines.append("  ".join([*words, candidate.text]))
         return lines
 
@@ -140,22 +146,31 @@ def outcome_reward(trajectory):
     return recall
 
 
+def states_of(trajectories):
+    """For each trajectory the states of its steps: the prompt that the policy saw, and the picture.
+    """
+    states = []
+    for trajectory in trajectories:
+        image = str(trajectory.row.get("image"))
+        states.append([(step.prompt_ids, image) for step in trajectory.steps])
+    return states
+
+
 def groups_by_prompt(trajectories, rewards, advantages):
     """The steps of a question's trajectories as groups to update: those that answered the same
-    prompt together. Every step carries the reward and the advantage of its trajectory."""
-    members_of = {}                             # prompt -> [(step, reward, advantage)]
-    for trajectory, reward, advantage in zip(trajectories, rewards, advantages):
-        for step in trajectory.steps:
-            if step.candidates:
-                prompt = step.prompt_ids, str(trajectory.row.get("image"))
-                members_of.setdefault(prompt, []).append((step, reward, advantage))
+    prompt together. advantages: for each trajectory those of its steps."""
+    members_of = {}                             # state -> [(step, reward, advantage)]
+    for i, states in enumerate(states_of(trajectories)):
+        for state, step, advantage in zip(states, trajectories[i].steps, advantages[i].tolist()):
+            if step.candidates:                 # else its prompt was too long to be asked
+                members_of.setdefault(state, []).append((step, rewards[i], advantage))
     groups = []
     golds = golds_of(trajectories[0].row)
     for (prompt_ids, _), members in members_of.items():
-        steps, rewards, advantages = zip(*members)
+        steps, rewards_of_steps, own_advantages = zip(*members)
         candidates = tuple(step.candidates[0] for step in steps)
-        groups.append(Group(steps[0].conversation, prompt_ids, candidates, list(rewards), [],
-                            "outcome", golds, torch.tensor(advantages)))
+        groups.append(Group(steps[0].conversation, prompt_ids, candidates, list(rewards_of_steps),
+                            [], "outcome", golds, torch.tensor(own_advantages)))
     return groups
 
 
@@ -237,6 +252,15 @@ def mean_of(rows):
     return means
 
 
+def mean_parts(parts):
+    """The means of some Rewards and of their parts, over those that have them."""
+    metrics = {"reward": mean([part.total for part in parts])}
+    for name in PARTS:
+        values = [getattr(part, name) for part in parts]
+        metrics[name] = mean([value for value in values if value is not None])
+    return metrics
+
+
 def reward_metrics(groups):
     """Means of the rewards and of their parts, and the share of groups that the update leaves out.
 
@@ -246,10 +270,7 @@ def reward_metrics(groups):
     parts = []
     for group in groups:
         parts += group.parts
-    metrics = {"reward": mean([part.total for part in parts])}
-    for name in ("form", "similarity", "route", "answer"):
-        values = [getattr(part, name) for part in parts]
-        metrics[name] = mean([value for value in values if value is not None])
+    metrics = mean_parts(parts)
     metrics["flat_groups"] = mean([not group.teaches for group in groups])
 
     routing = [group for group in groups if group.label not in ("answer", "outcome")]

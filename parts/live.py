@@ -5,7 +5,6 @@ rightly. Open hops may be asked for in any order and wording: a sub-question sta
 that is nearest to it in meaning, if it is near enough.
 """
 import re
-from pathlib import Path
 
 import torch
 
@@ -13,20 +12,31 @@ from parts.questions import golds_of, load_questions
 from parts.score import answer_scores
 
 
-def practice_rows(world):
-    """The questions of a world whose steps can be judged: with gold hops and their answers."""
-    rows, faults = load_questions(Path(world) / "questions.jsonl")
-    if faults:
-        raise ValueError(f"--world {world}: {faults[0]}")
+def practice_rows(files, images=None, limit=None):
+    """The questions of some files; of each file the first `limit`. ValueError for the first row
+    that does not fit."""
+    rows = []
+    for file in files:
+        some, faults = load_questions(file, images, limit)
+        if faults:
+            raise ValueError(faults[0])
+        for row in some:
+            row["file"] = str(file)
+        rows += some
+    return rows
+
+
+def check_hops(rows):
+    """ValueError for a question whose steps cannot be judged: without gold hops and their answers.
+    """
     for row in rows:
+        where = f"{row['file']}:{row['line']}"
         if row.get("hops") is None:
-            raise ValueError(f"--world {world}: questions without gold hops cannot be rewarded "
-                             "step by step")
+            raise ValueError(f"{where}: no gold hops, by which steps are judged; --mode outcome "
+                             "needs none")
         for hop in row["hops"]:
             if not isinstance(hop.get("answer"), str):
-                raise ValueError(f"--world {world}: questions.jsonl:{row['line']}: a hop without "
-                                 "'answer', a text")
-    return rows
+                raise ValueError(f"{where}: a hop without 'answer', a text")
 
 
 class Live:

@@ -40,9 +40,10 @@ class RunOptions:
                       "is continued")
     seed: int = option(0, "seed of everything that is random", most=2 ** 63 - 1)
     steps: int = option(1000, "number of updates", least=1)
-    learning_rate: float = option(3e-4, "peak of the learning rate")
+    learning_rate: float = option(None, "peak of the learning rate [3e-4; must be named where all "
+                                  "weights of a model above 100 M are trained]")
     warmup: int = option(10, "updates over which the learning rate rises to its peak")
-    decay: float = option(0.5, "share of the run, at its end, over which the rate falls to a "
+    decay: float = option(0.5, "share of --steps, the last ones, over which the rate falls to a "
                           "tenth; 0 keeps it", most=1)
     weight_decay: float = option(0.01, "AdamW's decay of matrices (not of norms and biases)")
     beta1: float = option(0.9, "AdamW's memory of the gradient", most=0.999999)
@@ -56,7 +57,8 @@ class RunOptions:
     save_every: int = option(200, "updates between checkpoints", least=1)
     log_every: int = option(10, "updates between lines on the screen; the log file has every one",
                             least=1)
-    minutes: float = option(0.0, "end after this many minutes, whatever --steps says; 0: no limit")
+    minutes: float = option(0.0, "stop after this many minutes, wherever the schedule of --steps "
+                            "stands; 0: no limit")
     val_every: int = option(0, "updates between validations; 0: none")
 
     def __post_init__(self):
@@ -139,6 +141,12 @@ class Run:
             if self.stop:
                 tell(f"stopped after update {done}; the same command continues")
                 sys.exit(128 + self.stop)
+        done = self.state["step"]
+        if done < self.o.steps:
+            rate = self.learning_rate(done - 1)
+            tell(f"{self.o.minutes:g} minutes were over after update {done} of {self.o.steps}, "
+                 f"where the learning rate stood at {rate:.2g}; --steps {done} lets it fall to its "
+                 "end")
         summary = {"run": str(self.path), "steps": self.state["step"],
                    "tokens": self.state["tokens"], "seconds": round(self.state["seconds"], 1),
                    "best": self.state["best"]}
@@ -153,7 +161,7 @@ class Run:
 
     def progress(self, number):
         """Share of the run that is behind us after that many updates, by updates or by the clock,
-        whichever is further."""
+        whichever is further: for the end, and the time left."""
         by_updates = number / self.o.steps
         by_clock = self.elapsed / (60 * self.o.minutes) if self.o.minutes else 0.0
         return max(by_updates, by_clock)
@@ -173,12 +181,12 @@ class Run:
 
     def learning_rate(self, number):
         """Linear warm-up, then constant, then a linear fall to a tenth over the last `decay` of the
-        run."""
+        updates, whatever the clock says: the same command gives the same run on another day."""
         o = self.o
         rise = min(1.0, (number + 1) / max(1, o.warmup))
         fall = 1.0
         if o.decay:
-            fall = 0.1 + 0.9 * min(1.0, (1 - self.progress(number)) / o.decay)
+            fall = 0.1 + 0.9 * min(1.0, (1 - number / o.steps) / o.decay)
         return o.learning_rate * rise * max(0.1, fall)
 
     def optimize(self, number):

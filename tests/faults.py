@@ -135,6 +135,12 @@ class Bad:
         return ["train", "grpo", "--model", m or self.m, "--world", w or self.w, "--out", self.out,
                 "--steps", 1, "--val-every", 0, *words]
 
+    def outcome(self, row, *words, world=None):
+        """Train on the final answer of this row."""
+        world = ("--world", self.w) if world is None else world
+        return ["train", "grpo", "--model", self.m, "--mode", "outcome", *world, "--out", self.out,
+                "--data", self.file("d/q.jsonl", json_lines([row])), "--val-every", 0, *words]
+
     def run(self):
         """The folder of a finished run of one step."""
         code, lines = call(self.sft("--threads", 1))

@@ -25,7 +25,7 @@ CASES, case = table()
 def _(b):
     b.copy("w")
     b.file("w/questions.jsonl", {"question": "?", "answer": "x", "hops": None})
-    return b.grpo(w=b.dir / "w"), "questions without gold hops"
+    return b.grpo(w=b.dir / "w"), "questions.jsonl:1: no gold hops, by which steps are judged"
 
 
 @case("questions: hops without answers, in training")
@@ -34,6 +34,51 @@ def _(b):
     w = b.copy("w")
     b.file("w/questions.jsonl", row)
     return b.grpo(w=w), "a hop without 'answer'"
+
+
+@case("questions: hops that do not fit, where they are not needed")
+def _(b):
+    row = {"question": "?", "answer": "x", "hops": [{"query": "q", "retriever": "map"}]}
+    return b.outcome(row), "q.jsonl:1: hops"
+
+
+@case("questions: no answer, in training")
+def _(b):
+    return b.outcome({"question": "?"}), "q.jsonl:1: gold answer None"
+
+
+@case("questions: steps in place of them")
+def _(b):
+    return b.outcome({"images": [], "steps": []}), "q.jsonl:1: empty question"
+
+
+@case("own bases: no questions")
+def _(b):
+    return b.grpo("--kb", "text=x")[:-2] + ["--kb", "text=x"], "--world does nothing beside --kb"
+
+
+@case("own bases: one is missing")
+def _(b):
+    kb = b.w / "kb"
+    words = b.outcome({"question": "?", "answer": "x"}, "--kb", f"text={kb / 'text'}",
+                      f"image={kb / 'image'}", world=())
+    return words, "--kb: the router needs the knowledge base 'table', too: give table=DIR"
+
+
+@case("validation: questions and no bases")
+def _(b):
+    return b.grpo("--val-every", 1, "--val", b.w / "questions.jsonl"), "--kb or --val-world"
+
+
+@case("validation: steps for the router")
+def _(b):
+    words = b.grpo("--val-every", 1, "--val", b.w / "steps.jsonl")
+    return words, "holds steps, which are judged in train.py grpo --mode offline alone"
+
+
+@case("validation: no such file")
+def _(b):
+    return b.grpo("--val-every", 1, "--val", b.dir / "v.jsonl"), "v.jsonl: cannot be read"
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -161,7 +206,17 @@ OPTIONS = (
     ("grpo --lora-rank 5000", "rank is 5000"),
     ("grpo --answer-share 1.5", "give 0 to 1"),
     ("grpo --world {dir}", "no such file"),
-    ("grpo --data {dir}/s.jsonl", "--data does nothing beside --mode online"),
+    ("grpo --data {dir}/s.jsonl", "s.jsonl: cannot be read"),
+    ("grpo --kb text={dir}", "--kb names bases: give --data"),
+    ("grpo --recipe mine", "invalid choice"),
+    ("grpo --recipe released", "measures similarity with BGE-M3: name its directory"),
+    ("grpo --recipe released --encoder lexical --mode online", "--mode is online, but --recipe"),
+    ("grpo --recipe released --encoder lexical --learning-rate 1e-5",
+     "--learning-rate is 1e-05, but --recipe released has 1e-06"),
+    ("grpo --recipe released --encoder lexical --lora-rank 8 --learning-rate 1e-6",
+     "--learning-rate is 1e-06, but --recipe released has 1e-05"),
+    ("grpo --recipe released --encoder lexical --balance", "--balance is True, but --recipe"),
+    ("show --mode offline", "--mode offline has no trajectory to show"),
     ("grpo --mode offline --world {dir}", "--world does nothing beside --mode offline"),
 )
 for words, message in OPTIONS:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout, suppress
@@ -14,6 +15,7 @@ from functools import lru_cache
 import pytest
 
 import infer
+import model
 import retrieve
 import train
 from conftest import ROOT, made
@@ -39,11 +41,14 @@ STAND_INS = {
     "enwiki": "{out}/enwiki", "splitted_tables.json": "{out}/tables.json",
     "cand_pool.jsonl": "{out}/mbeir.jsonl", "mbeir_images": "{world}",
     "path/to/bge-m3": "lexical", "path/to/clip": "pixel",
-    "path/to/R1-Router-7B": "weights/tiny",
+    "path/to/R1-Router-7B": "{out}/long",
     "path/to/Qwen2.5-VL-3B-Instruct": "weights/tiny",
     "path/to/Qwen2.5-VL-7B-Instruct": "weights/tiny",
     "kb/text": "{world}/kb/text", "kb/image": "{world}/kb/image", "kb/table": "{world}/kb/table",
-    "published_steps.jsonl": "{world}/steps.jsonl", "cuda": "cpu", "bfloat16": "float32",
+    "published_steps.jsonl": "{world}/steps.jsonl",
+    "published_valid.jsonl": "{world}/steps.jsonl",
+    "questions_val.jsonl": "{world}/questions.jsonl", "questions.jsonl": "{world}/questions.jsonl",
+    "cuda": "cpu", "bfloat16": "float32",
     "photo.jpg": "{world}/flags/0.png", "…": "Which country has this flag?",
     "data/demo/kb": "{world}/kb", "data/demo": "{world}", "data/self.jsonl": "{out}/self.jsonl",
     "data/mine": "{out}/mine", "data/deeper": "{out}/deeper", "data/deep": "{out}/deep",
@@ -55,7 +60,7 @@ SMALL = {"--questions": "6", "--limit": "4", "--show": "2", "--max-new-tokens": 
          "--group": "2", "--seed": "7", "--countries": "60", "--nproc_per_node": "2",
          "--lora-rank": "2"}
 SCRIPTS = {                                    # how a script is called -> module, subcommands
-    "infer.py": (infer, [[]]),
+    "infer.py": (infer, [[]]), "model.py": (model, [["check"]]),
     "train.py": (train, [["sft"], ["grpo"], ["show"], ["export"]]),
     "retrieve.py": (retrieve, [["build"], ["search"], ["info"], ["check"]]),
     "lab.world": (world_script, [[]]), "lab.report": (report, [[]]),
@@ -109,6 +114,9 @@ def world(tmp_path_factory):
     table = {"id": "1", "page_title": "Cups", "section_title": "", "caption": "", "name": "t",
              "header": ["cup"], "rows": [["Rut"]]}
     (home / "tables.json").write_text(json.dumps([table]))
+    long = shutil.copytree(ROOT / "weights" / "tiny", home / "long")       # room for 2,048 tokens
+    config = json.loads((long / "config.json").read_text()) | {"max_position_embeddings": 4096}
+    (long / "config.json").write_text(json.dumps(config))
     picture = {"did": "1:1", "txt": "a flag", "img_path": "flags/0.png", "modality": "image,text"}
     (home / "mbeir.jsonl").write_text(json.dumps(picture) + "\n")
     made("infer.py", "--world", out, "--threads", "1", "--out", home / "results.jsonl")
@@ -173,7 +181,7 @@ def test_command_runs(command, world, tmp_path):
         words += ["--steps", "1", "--out", str(tmp_path / "run"), "--threads", "1"]
     if "grpo" in words or "show" in words:
         put(words, "--val-every", "0")
-        if "offline" not in words:
+        if not {"offline", "released", "--kb"} & set(words):
             words += ["--world", str(world), "--prompts", "4"]
     if "build" in words:
         put(words, "--out", str(tmp_path / "kb"))

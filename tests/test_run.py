@@ -94,24 +94,30 @@ def test_the_gradient_is_clipped_to_its_norm(shell, tmp_path):
     assert sum(squares).item() ** 0.5 == pytest.approx(0.5, rel=1e-3)
 
 
-def test_a_run_ends_by_the_clock(shell, tmp_path):
-    """Half a minute is behind it after the third update of six, and that is all it has."""
+def test_a_run_ends_by_the_clock(tmp_path, capsys):
+    """Half a minute is behind it after the third update of six, and that is all it has. The clock
+    changes no learning rate: with a fall over all six, they are 1, 1 - 0.9 / 6, 1 - 0.9 / 3."""
     model = torch.nn.Linear(2, 2)
-    o = RunOptions(out=str(tmp_path / "r"), steps=6, minutes=0.5)
+    o = RunOptions(out=str(tmp_path / "r"), steps=6, minutes=0.5, learning_rate=1.0, warmup=0,
+                   decay=1.0)
     saved = []
 
     def save(path, model):
         path.mkdir()
         saved.append(path)
 
-    clock, shares = [0.0], []
+    clock, shares, rates = [0.0], [], []
     with open_run(o, model, save=save, load=None, validate=None, best_by="") as r:
         r.now, r.started = (lambda: clock[0]), 0.0
         for number in r.updates():
             shares.append(r.progress(number))
+            rates.append(r.learning_rate(number))
             clock[0] += 10.0
             r.record({"step": number + 1})
     assert shares == pytest.approx([0, 1 / 3, 2 / 3]) and len(saved) == 1
+    assert rates == pytest.approx([1.0, 0.85, 0.7])
+    said = capsys.readouterr().err
+    assert "over after update 3 of 6, where the learning rate stood at 0.7" in said
     state = json.loads((tmp_path / "r" / "last" / "trainer.json").read_text())
     assert (state["step"], state["seconds"]) == (3, 30.0)
 

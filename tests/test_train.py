@@ -18,7 +18,7 @@ from grpo import group_advantages, grpo_loss
 from model import VLM, rotate
 from parts.batches import make_batch, pack, route_tokens
 from parts.chat import Processor
-from parts.groups import Group, reward_metrics
+from parts.groups import Group
 from parts.modeldir import start_previous_token_head
 from parts.stepfiles import read_steps, step_output
 from parts.steps import BASES, parse_step, render_route
@@ -345,6 +345,35 @@ def test_sampling_goes_on_until_enough_groups_are_mixed():
     assert groups[0].advantages.tolist() == pytest.approx([0.7071, -0.7071], abs=1e-4)
 
 
+def test_outcome_mode_samples_until_enough_questions_are_mixed():
+    """Each sampling has three groups that teach, but they are of one question."""
+    class Source:
+        def groups(self, rng):
+            made = [Group([], (), (), [1.0, 0.0], [], "outcome", [], torch.tensor([1.0, -1.0]))
+                    for _ in range(3)]
+            return made, {"too_long": 0, "mixed_questions": 1, "reward_s": 0.5}
+
+    for fill, tries, times in ((2, 4, 2), (1, 4, 1), (9, 4, 4)):
+        o = train.GrpoOptions(mode="outcome", fill=fill, tries=tries)
+        groups, _ = train.sample_groups(o, Source(), 0)
+        assert len(groups) == 3 * times
+
+
+def test_questions_are_balanced_where_all_have_hops():
+    """Nine questions of one route, one of another: balanced, half of those drawn are the other."""
+    def row(number, base):
+        return {"question": str(number), "kind": "k", "hops": [{"query": "q", "retriever": base}]}
+
+    rows = [row(number, "text retriever") for number in range(9)] + [row(9, "table retriever")]
+    run_ = SimpleNamespace(state={})
+    shares = []
+    for some in (rows, [*rows, {"question": "10", "kind": "k"}]):
+        o = train.GrpoOptions(mode="outcome", questions=200, rest=0)
+        drawn = train.Outcome(o, run_, None, some).draw(random.Random(0))
+        shares.append(sum(row["question"] == "9" for row in drawn) / 200)
+    assert shares[0] == pytest.approx(0.5, abs=0.1) and shares[1] == pytest.approx(0.1, abs=0.07)
+
+
 def test_a_source_without_prompts_that_fit_is_named():
     source = SimpleNamespace(groups=lambda rng: ([], {"too_long": 7}))
     with pytest.raises(ValueError, match="step 3: no prompt was left to sample, 7 were too long"):
@@ -359,11 +388,13 @@ def finished(row, answer, malformed, *prompts):
                            too_long=0)
 
 
-def test_outcome_groups_by_hand():
-    """Two questions, two trajectories each: [right, malformed] and [wrong, right]. A malformed one
-    is paid 0, whatever it says. Steps that answer the same prompt stand together, each with the
-    advantage of its trajectory (Eq. 3: (1 - 1/2) / sqrt(1/2) = 0.7071)."""
-    first, second = ({"question": q, "answer": ["Rut"], "hops": [], "kind": q} for q in "ab")
+@pytest.mark.parametrize("credit, alone", [("state", 0.0), ("trajectory", 0.7071)])
+def test_outcome_groups_by_hand(credit, alone):
+    """Two questions without gold hops, two trajectories each: [right, malformed], [wrong, right]. A
+    malformed one is paid 0, whatever it says. Steps that answer the same prompt stand together. By
+    trajectory each has the advantage of its own (Eq. 3: (1 - 1/2) / sqrt(1/2) = 0.7071); by state a
+    step that no other trajectory came to has none (Eq. 7)."""
+    first, second = ({"question": q, "answer": ["Rut"], "kind": q} for q in "ab")
     trajectories = [finished(first, "Rut", 0, (1,), (2,)), finished(first, "Rut", 1, (1,), (3,)),
                     finished(second, "Mes", 0, (4,)), finished(second, "Rut", 0, (4,))]
 
@@ -373,17 +404,18 @@ def test_outcome_groups_by_hand():
             assert questions[0] == questions[1] and questions[2] == questions[3]
             return trajectories
 
-    o = train.GrpoOptions(mode="outcome", questions=2, group=2)
+    o = train.GrpoOptions(mode="outcome", questions=2, group=2, credit=credit)
     run_ = SimpleNamespace(state={}, generator=None, now=lambda: 0.0)
     groups, counts = train.Outcome(o, run_, Router(), [first, second]).groups(random.Random(0))
     by_prompt = {}
     for group in groups:
         advantages = [round(a, 4) for a in group.advantages.tolist()]
         by_prompt[group.prompt_ids] = group.rewards, advantages
-    assert by_prompt == {(1,): ([1.0, 0.0], [0.7071, -0.7071]), (2,): ([1.0], [0.7071]),
-                         (3,): ([0.0], [-0.7071]), (4,): ([0.0, 1.0], [-0.7071, 0.7071])}
+    assert by_prompt == {(1,): ([1.0, 0.0], [0.7071, -0.7071]), (2,): ([1.0], [alone]),
+                         (3,): ([0.0], [-alone]), (4,): ([0.0, 1.0], [-0.7071, 0.7071])}
     assert (counts["reward"], counts["malformed"], counts["retrievals"]) == (0.5, 0.25, 1)
-    assert all(group.teaches for group in groups) and reward_metrics(groups)["flat_groups"] == 0
+    assert counts["mixed_questions"] == 2
+    assert [group.teaches for group in groups] == [True, alone > 0, alone > 0, True]
     assert run_.state["interest"] == {"a": pytest.approx(1), "b": pytest.approx(1)}
 
 

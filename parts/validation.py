@@ -1,0 +1,47 @@
+"""Validations between updates: what the best checkpoint is chosen by.
+
+    questions -> the router, greedy -> F1-Recall, routing, costs
+    steps of a file -> greedy outputs -> their rewards
+"""
+import sys
+
+import torch
+
+from parts.evaluate import cell, evaluate
+from parts.groups import groups_of, mean_parts
+from plumbing.ranks import tell
+
+
+def on_questions(router_of_model, rows):
+    """validate(model, number of the update) -> scores of the router on these questions, of which
+    "f1_recall" is to choose by."""
+    def validate(model, number):
+        scores = evaluate(router_of_model(model).run(rows))
+        tell(f"validation after step {number}: F1-Recall {cell(scores['f1_recall'])}, routing "
+             f"{cell(scores['route_accuracy'])}, retrievals {cell(scores['retrievals'], '.2f')} "
+             f"(gold {cell(scores['gold_retrievals'], '.2f')}), malformed "
+             f"{cell(scores['malformed'])}", sys.stdout)
+        return scores
+
+    return validate
+
+
+def on_steps(router_of_model, steps, rewards_of):
+    """validate(model, number of the update) -> means of the rewards of greedy outputs for steps of a
+    file, of which "reward" is to choose by; a prompt that is too long earns 0.
+
+    rewards_of: as parts.groups.groups_of takes it.
+    """
+    def validate(model, number):
+        router = router_of_model(model)
+        generator = torch.Generator(next(model.parameters()).device)    # greedy: nothing is random
+        outputs = router.sample([step.conversation() for step in steps], generator)
+        groups = groups_of(steps, outputs, rewards_of)
+        parts = [group.parts[0] for group in groups if group is not None]
+        scores = {**mean_parts(parts), "too_long": len(steps) - len(parts)}
+        scores["reward"] = sum(part.total for part in parts) / len(steps)
+        shown = "  ".join(f"{name} {cell(value)}" for name, value in scores.items())
+        tell(f"validation after step {number}: {shown}", sys.stdout)
+        return scores
+
+    return validate
