@@ -2,7 +2,7 @@
 #   make demo       answer questions of the embedded world with the shipped tiny model, and print the score table
 #   make test       run the tests
 # and then:
-#   make train      three minutes of Step-GRPO from the weak start, with the table of a held-out world before and after
+#   make train      160 updates of Step-GRPO (three minutes) from the weak start, with the table of a held-out world before and after
 #   make weights    train both shipped models anew (SEED=0)
 #   make experiment the full study, which can be stopped and continued (QUICK=1: at toy scale)
 #   make soak       kills, a million generated inputs and long runs
@@ -22,7 +22,7 @@ test: .venv/ready-dev
 
 train: .venv/ready data/test/questions.jsonl
 	$(RUN) infer.py --model weights/tiny-warm --world data/test --threads 1
-	$(RUN) train.py grpo --follow best --steps 1000 --minutes 3 --threads 1 --seed $(SEED) --out runs/step-grpo
+	$(RUN) train.py grpo --follow best --steps 160 --val-every 40 --threads 1 --seed $(SEED) --out runs/step-grpo
 	$(RUN) infer.py --model runs/step-grpo/best --world data/test --threads 1
 
 experiment: .venv/ready-dev

@@ -35,7 +35,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from lab.curves import Run, draw_curves
-from plumbing.files import run_command, write_json, write_text
+from plumbing.files import run_command, say, write_json, write_text
 from plumbing.options import OneLineParser, add_flags, check_options, from_flags, option
 
 HERE = Path(__file__).resolve().parents[1]
@@ -51,7 +51,7 @@ class Scale:
     name: str = "experiment"        # of the folders under data and runs
     main: float = 6.0               # minutes of a main run
     ablation: float = 3.0           # minutes of any other training
-    steps: int = 100_000            # updates at most
+    steps: int = 0                  # updates of a training; 0: those of UPDATES
     train: int = 3000               # questions of the training world
     weak: int = 13000               # questions of the file of weak demonstrations
     val: int = 260                  # questions of the validation world
@@ -71,6 +71,10 @@ QUICK = Scale(name="experiment-quick", main=0, ablation=0, steps=2, train=39, we
               test=26, countries=40, rounds=1, sampled=13, deep=39, deep_steps=2, deep_test=20,
               val_every=2, seeds=(0,),
               flags=("--prompts", 6, "--group", 2, "--open-questions", 12))
+
+# Updates that fit a minute of the processor (two cores, AMD EPYC): runs count updates, so that their
+# schedules are the same on another day.
+UPDATES = {"grpo": 55, "outcome": 20, "sft": 500, "rejection": 500}
 
 STEP = "Step-GRPO"
 COLLAPSE = {                        # options beside those of Step-GRPO
@@ -147,7 +151,8 @@ def plan(scale):
     jobs = []
     for seed in scale.seeds:
         jobs += [Job("main", STEP, seed, "grpo", scale.main),
-                 Job("main", "outcome only", seed, "grpo", scale.main, ("--mode", "outcome")),
+                 Job("main", "outcome only", seed, "grpo", scale.main,
+                     ("--mode", "outcome", "--credit", "trajectory", "--balance")),
                  Job("main", "rejection sampling", seed, "rejection", scale.main),
                  Job("main", "SFT on the weak data", seed, "sft", scale.main)]
     jobs.append(Job("main", "weak start", 0, "eval", flags=("weights/tiny-warm", "router")))
@@ -248,13 +253,15 @@ def deep(split, options, more):
 
 def training(job, scale, out, model="weights/tiny-warm", parts=1):
     """Options of a training that takes one of `parts` equal parts of a job's time."""
+    kind = "outcome" if "outcome" in job.flags else job.kind
+    steps = scale.steps or round(UPDATES[kind] * job.minutes / parts)
     val_every, world, flags = scale.val_every * 10, (), ()
     if job.kind == "grpo":
         val_every, flags = scale.val_every, ("--follow", "best", *scale.flags)
         if "offline" not in job.flags:
             world = ("--world", data(scale, "train"))
     return ("--model", model, "--seed", job.seed, "--threads", 1, "--clock", "cpu",
-            "--steps", scale.steps, "--minutes", job.minutes / parts, "--val-every", val_every,
+            "--steps", steps, "--val-every", val_every,
             "--val-world", data(scale, "val"), "--val-questions", scale.val, "--log-every", 100,
             *world, *flags, "--out", out)
 
@@ -491,22 +498,31 @@ def say_finished(row, number, count, seconds, minutes_left):
 
 def summary(out, scale):
     """All rows -> {part: {name: scores over seeds}}, names in the order of the plan; in the part
-    depth, where a run has several tests, {part: {name: {test: scores}}}."""
-    wanted, whole = {}, {}
+    depth, where a run has several tests, {part: {name: {test: scores}}}.
+
+    Of several rows of a run the last one counts. One that other commands made counts until the run
+    is made again, and stderr says how many these are; each row names its commands and its commit.
+    """
+    wanted, whole, outdated = {}, {}, 0
     for job in plan(scale):
         wanted[job.part, job.name, job.seed] = fingerprint(commands_of(job, scale))
     for part in PARTS:
         by_name = {name: {} for of, name, _ in wanted if of == part}
         for row in results_of(part, out):
-            if wanted.get((part, row["name"], row["seed"])) == row["fingerprint"]:
+            if (part, row["name"], row["seed"]) in wanted:
                 by_name[row["name"]][row["seed"]] = row
         whole[part] = {}
+        for name, by_seed in by_name.items():
+            for seed, row in by_seed.items():
+                outdated += row["fingerprint"] != wanted[part, name, seed]
         for name, by_seed in by_name.items():
             rows = [by_seed[seed] for seed in sorted(by_seed)]
             if rows and part == "depth":
                 whole[part][name] = over_tests(rows)
             elif rows:
                 whole[part][name] = over_seeds(rows)
+    if outdated:
+        say(f"{outdated} rows in {out} were made by other commands than those of today's plan")
     return whole
 
 
