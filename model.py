@@ -24,7 +24,7 @@ Deviations from the released model code, with the reason
     * `group_log_probs` computes a prompt once for all its responses (prefix sharing).
 """
 import math
-import sys
+import runpy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,12 +34,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from parts.chat import Processor                    # noqa: F401, a public name of this file
-from parts.check import check_command
 from parts.config import our_name, read_config, saved_config
 from parts.layers import RMSNorm, SwiGLU, rotate, turns
 from parts.lora import add_lora, load_adapter, lora_disabled, save_adapter      # noqa: F401, public
 from parts.vision import VisionTower
-from plumbing.files import run_command, write_json
+from plumbing.files import write_json
 from plumbing.weights import read_weights, usable_device, weight_files, write_shards
 
 
@@ -730,16 +729,5 @@ class VLM(nn.Module):
         return logps, zeros.masked_scatter(mask, entropies)
 
 
-# ------------------------------------------------------------------------------------- command line
-
-def command(words):
-    """`check DIR`: what a model directory holds, and our network beside transformers'."""
-    return check_command(words, VLM.from_pretrained, Processor.from_pretrained)
-
-
-def main(argv=None):
-    return run_command("model.py", command, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    runpy.run_module("lab.check", run_name="__main__")      # python model.py check DIR

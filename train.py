@@ -14,7 +14,7 @@ folder, optimizer, checkpoints) is plumbing/run.py, several GPUs (torchrun) are 
 
 Legend of shapes
     B examples of a batch   T tokens of a row   N groups of a micro-batch
-    n outputs of a group (G)   L tokens of a response
+    n outputs of a group (G)   L tokens of a response   M tokens under the mask
 
 Deviations from the paper and from the released code, with the reason
     * The warm start's targets carry a thought: published step files have none, so a step without
@@ -27,7 +27,7 @@ Deviations from the paper and from the released code, with the reason
     * Groups without variance are left out of the update, with their KL and entropy terms, and
       prompts that are always solved are drawn less often.
     * Final answers alone are enough for --mode outcome, where credit goes by state (Eq. 7); the
-      paper gives none to a trajectory as a whole.
+      paper rewards steps by gold steps.
     * Every update samples anew; the released code cuts one rollout into several updates.
     * --recipe released takes the released settings: parts/recipes.py, docs/recipe.md.
 """
@@ -38,7 +38,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,7 +68,7 @@ from plumbing.files import read_json, replacing, run_command
 from plumbing.options import OneLineParser, add_flags, from_flags
 from plumbing.ranks import (backward, expect_pictures, first_rank_first, gather, in_step,
                             join_ranks, leave_ranks, mine, tell, together, total)
-from plumbing.run import open_run, reading_checkpoint
+from plumbing.run import DEFAULT_RATE, open_run, reading_checkpoint
 from plumbing.weights import usable_device
 from retrieve import load_bases, world_bases
 
@@ -79,6 +79,7 @@ def sft(o):
     """Supervised training: cross-entropy of the response tokens, nothing else."""
     join_ranks(o.device)
     model, processor, random_weights = load_model(o)
+    o = with_rate(o, model)
     if o.previous_token_head and random_weights:
         start_previous_token_head(model)
     sources = read_sources(o.data)
@@ -122,13 +123,19 @@ def grpo(o):
     """Step-GRPO on one screen: sample, reward, advantage, loss, update, log, save."""
     join_ranks(o.device)
     model, processor, _ = load_model(o)
+    o = with_rate(o, model)
     if o.lora_rank:
         add_lora(model, o.lora_rank, o.lora_alpha)
-    rows, bases = offline(o) if o.mode == "offline" else practice(o)
     prompts = prompts_in(o.model)
+    if o.mode == "offline":
+        rows, bases, opened = offline(o), dict.fromkeys(BASES), None
+        prompts |= system_prompts(rows)
+    else:
+        rows, bases = practice(o)
+        opened = bases if o.kb else None
     router = router_of(o, model, processor, bases, prompts, temperature=o.temperature)
     reference = reference_of(o, model)
-    with training_run(o, model, processor, prompts, bases if o.kb else None) as run:
+    with training_run(o, model, processor, prompts, opened) as run:
         source = SOURCES[o.mode](o, run, router, rows)
         for number in run.updates():                    # which also validates and saves
             began = run.now()
@@ -153,7 +160,7 @@ def grpo(o):
                 "groups": len(groups), "outputs": len(candidates), "unfinished": unfinished,
                 "tokens": tokens, "tokens_s": tokens / (updated - began),
                 "sample_s": sampled - began - counts["reward_s"], "update_s": updated - sampled})
-            run.say(row, without=("asked", "prompts", "mixed"))
+            run.say(row, without=("asked:", "prompts:", "mixed:"))
             useful_first = useful + [group for group in groups if not group.teaches]
             run.record_samples(number + 1, [group.as_row() for group in useful_first[:2]])
 
@@ -187,7 +194,8 @@ def sample_groups(o, source, number):
                          f"{counts['too_long']} were too long for the model; lower "
                          "--max-new-tokens or -k")
     metrics = mean_of(all_counts)
-    for name in metrics.keys() & {"too_long", "reward_s", "untrained_tokens"}:  # these add up
+    add_up = {"too_long", "reward_s", "untrained_tokens", "mixed_questions"}
+    for name in metrics.keys() & add_up:
         metrics[name] = sum(counts[name] for counts in all_counts)
     return groups, metrics
 
@@ -231,8 +239,11 @@ class Offline:
 def encoder_of(o, steps):
     """The encoder that measures the similarity of sub-questions to those of steps of a file."""
     queries = [{"text": step.answer["query"]} for step in steps if step.kind == "ret"]
-    encoder, _ = load_encoder(o.encoder).fitted(queries)
+    encoder, _ = loaded_encoder(o.encoder).fitted(queries)
     return encoder
+
+
+loaded_encoder = lru_cache(load_encoder)        # training and validation share one
 
 
 def timed_groups(o, run, prompts, outputs, encoder):
@@ -510,6 +521,9 @@ def router_of(o, model, processor, bases, prompts=None, **more):
     return RankRouter(model, processor, bases, prompts=prompts, **more)
 
 
+LARGE = 100e6               # weights of a model for which a learning rate must be named
+
+
 def load_model(o):
     """The model, its processor, and whether its weights are random: a directory without weights."""
     path, dtype = Path(o.model), getattr(torch, o.dtype)
@@ -540,8 +554,10 @@ def practice(o):
         else:
             world = o.world or embedded_world("train", "train", 0, 3000)
             bases = world_bases(world)
-    files = o.data or [Path(world) / "questions.jsonl"]
-    rows = practice_rows(files, o.images or None)
+    if o.data:
+        rows = practice_rows(o.data, o.images or None)
+    else:
+        rows = practice_rows([Path(world) / "questions.jsonl"])
     if o.mode == "online":
         check_hops(rows)
     return rows, bases
@@ -558,18 +574,21 @@ def own_bases(o):
 
 
 def offline(o):
-    """The trajectories of the step files that --data names, and no bases."""
+    """The trajectories of the step files that --data names."""
     if o.world:
         raise ValueError("--world does nothing beside --mode offline: give --data step files")
-    return offline_rows(o.data, o.drop), dict.fromkeys(BASES)
+    if o.kb and not o.val:
+        raise ValueError("--kb does nothing beside --mode offline, but for questions of --val")
+    return offline_rows(o.data, o.drop)
 
 
 def training_run(o, model, processor, prompts, bases=None):
     """The folder of a run of this model, new or continued, as a context. bases: those of --kb,
     where they are open already."""
-    o = replace(o, learning_rate=rate_of(o, model))
-    own = o.kb or getattr(o, "recipe", None)
-    if o.val_every and own and not (o.val or o.val_world):
+    if o.val and not o.val_every:
+        raise ValueError(f"--val {o.val} does nothing with --val-every 0: give a number of updates")
+    own_data = o.kb or isinstance(o, GrpoOptions) and o.recipe
+    if o.val_every and own_data and not (o.val or o.val_world):
         tell("nothing is validated, and no best checkpoint chosen: name a file with --val")
         o = replace(o, val_every=0)
     validate, best_by = None, None
@@ -579,30 +598,30 @@ def training_run(o, model, processor, prompts, bases=None):
     return open_run(o, model, save=save, load=read_model, validate=validate, best_by=best_by)
 
 
-DEFAULT_RATE = 3e-4
-
-
-def rate_of(o, model):
-    """The peak of the learning rate. ValueError where none is named and the default would destroy
-    the model."""
-    weights = sum(p.numel() for p in model.parameters())
+def with_rate(o, model):
+    """The options with a learning rate. ValueError where none is named and the default would
+    destroy the model."""
     if o.learning_rate is not None:
-        return o.learning_rate
-    if weights > 100e6 and not getattr(o, "lora_rank", 0):
+        return o
+    weights = sum(p.numel() for p in model.parameters())
+    adapter = isinstance(o, GrpoOptions) and o.lora_rank > 0
+    if weights > LARGE and not adapter:
         raise ValueError(f"--learning-rate: name one. The default, {DEFAULT_RATE:g}, is for models "
                          f"of a million weights, and all {weights:,} of this one are trained; the "
                          "released recipe has 1e-6")
-    return DEFAULT_RATE
+    return replace(o, learning_rate=DEFAULT_RATE)
 
 
 def validation(o, processor, prompts, bases):
     """(validate, the score that chooses the best checkpoint): on the steps or the questions of
     --val, or on the questions of a world. bases: those of --kb, where they are open already."""
     if o.val and is_step_file(o.val):
-        if getattr(o, "mode", None) != "offline":
+        if not isinstance(o, GrpoOptions) or o.mode != "offline":
             raise ValueError(f"--val {o.val} holds steps, which are judged in train.py grpo --mode "
                              "offline alone: give it questions")
-        rows, _ = clean_rows(steps_to_train_on(o.val), ())
+        rows, odd = clean_rows(steps_to_train_on(o.val), ())
+        if odd["no_picture"]:
+            tell(f"--val {o.val}: left out {odd['no_picture']} rows whose picture is missing")
         steps = [step for row in rows[:o.val_questions] for step in row]
         rewards = partial(rewards_of, o, encoder_of(o, steps))
         make_router = partial(router_of, o, processor=processor, bases=dict.fromkeys(BASES))
@@ -611,13 +630,18 @@ def validation(o, processor, prompts, bases):
     if o.val and not (o.kb or o.val_world):
         raise ValueError(f"--val {o.val} holds questions: name the bases that they are asked of "
                          "with --kb or --val-world")
+    if o.val and o.kb and o.val_world:
+        raise ValueError("--val-world does nothing beside --val and --kb: leave one of them out")
     with first_rank_first():
         if o.val and o.kb:
             bases = bases or own_bases(o)
         else:
             world = Path(o.val_world or embedded_world("val", "val", 0, 260))
             bases = world_bases(world)
-    rows = practice_rows([o.val or world / "questions.jsonl"], o.images or None, o.val_questions)
+    if o.val:
+        rows = practice_rows([o.val], o.images or None, o.val_questions)
+    else:
+        rows = practice_rows([world / "questions.jsonl"], limit=o.val_questions)
     make_router = partial(router_of, o, processor=processor, bases=bases, prompts=prompts)
     return on_questions(make_router, rows), "f1_recall"
 
@@ -632,7 +656,7 @@ def show(o):
     model, processor, _ = load_model(o)
     rows, bases = practice(o)
     if o.question >= len(rows):
-        raise ValueError(f"--question {o.question}: the world has questions 0 to {len(rows) - 1}")
+        raise ValueError(f"--question {o.question}: there are questions 0 to {len(rows) - 1}")
     router = router_of(o, model, processor, bases, prompts_in(o.model), temperature=o.temperature)
     generator = torch.Generator(o.device).manual_seed(o.seed)
     run = SimpleNamespace(state={}, generator=generator, now=time.time)     # what a source needs
@@ -666,11 +690,18 @@ def show_states(o, source, row):
     print(f"{row['question']}   gold: {' | '.join(map(str, golds_of(row)))}")
     groups, counts = source.ask([row])
     print(f"{o.group} trajectories, mean reward {counts['reward']:.3f}, credit by {o.credit}")
-    for group in groups:
+    shared = [group for group in groups if len(group.candidates) > 1]
+    for group in shared:
         prompt = group.as_row()["prompt"].strip().replace("\n", " / ")
-        print(f"\nstate, {len(group.candidates)} answered it: {prompt}")
+        print(f"\nstate, {len(group.candidates)} answered it: {shortened(prompt, 200)}")
         for line in group.lines():
             print(f"  {line}")
+    print(f"\n{len(groups) - len(shared)} states that one trajectory alone came to")
+
+
+def shortened(text, length):
+    """A text, or its end where it is longer."""
+    return text if len(text) <= length else f"… {text[-length:]}"
 
 
 def export(o):

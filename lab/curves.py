@@ -14,6 +14,7 @@ PANELS = (      # group, key of the log rows, title, whether its values are shar
     ("Validation", "validation.f1_recall", "Validation F1-Recall", True, "right answers, greedy"),
     ("Validation", "validation.route_accuracy", "Validation routing", True, "bases of gold chains"),
     ("Validation", "validation.retrievals", "Validation retrievals", False, "per question"),
+    ("Validation", "validation.reward", "Validation reward", True, "step files: greedy outputs"),
     ("Validation", "validation.malformed", "Validation malformed", False, "steps per question"),
     ("Reward", "reward", "Reward", True, "mean over the outputs (outcome mode: trajectories)"),
     ("Reward", "form", "Well-formed", True, "outputs that can be read as their kind of step"),

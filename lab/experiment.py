@@ -72,8 +72,8 @@ QUICK = Scale(name="experiment-quick", main=0, ablation=0, steps=2, train=39, we
               val_every=2, seeds=(0,),
               flags=("--prompts", 6, "--group", 2, "--open-questions", 12))
 
-# Updates that fit a minute of the processor (two cores, AMD EPYC): runs count updates, so that their
-# schedules are the same on another day.
+# Updates that fit a minute of the processor (two cores, AMD EPYC): runs count updates, so that
+# their schedules are the same on another day.
 UPDATES = {"grpo": 55, "outcome": 20, "sft": 500, "rejection": 500}
 
 STEP = "Step-GRPO"
@@ -500,22 +500,25 @@ def summary(out, scale):
     """All rows -> {part: {name: scores over seeds}}, names in the order of the plan; in the part
     depth, where a run has several tests, {part: {name: {test: scores}}}.
 
-    Of several rows of a run the last one counts. One that other commands made counts until the run
-    is made again, and stderr says how many these are; each row names its commands and its commit.
+    Rows that other commands made count only while a name has none of today's, and stderr says how
+    many these are; each row names its commands and its commit.
     """
     wanted, whole, outdated = {}, {}, 0
     for job in plan(scale):
         wanted[job.part, job.name, job.seed] = fingerprint(commands_of(job, scale))
     for part in PARTS:
-        by_name = {name: {} for of, name, _ in wanted if of == part}
+        today = {name: {} for of, name, _ in wanted if of == part}
+        before = {name: {} for name in today}
         for row in results_of(part, out):
-            if (part, row["name"], row["seed"]) in wanted:
+            mark = wanted.get((part, row["name"], row["seed"]))
+            if mark is not None:
+                by_name = today if row["fingerprint"] == mark else before
                 by_name[row["name"]][row["seed"]] = row
         whole[part] = {}
-        for name, by_seed in by_name.items():
-            for seed, row in by_seed.items():
-                outdated += row["fingerprint"] != wanted[part, name, seed]
-        for name, by_seed in by_name.items():
+        for name, by_seed in today.items():
+            if not by_seed:
+                by_seed = before[name]
+                outdated += len(by_seed)
             rows = [by_seed[seed] for seed in sorted(by_seed)]
             if rows and part == "depth":
                 whole[part][name] = over_tests(rows)

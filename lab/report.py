@@ -313,7 +313,9 @@ def confusion(rows):
         routes = gold_routes(row)
         if row.get("method") not in ROUTING or not routes:
             continue
-        chosen = [MALFORMED if "fault" in plan else plan["retriever"][0] for plan in plans_of(row)]
+        chosen = []
+        for plan in plans_of(row):
+            chosen.append(MALFORMED if "fault" in plan else ", ".join(plan["retriever"]))
         for gold, name in zip_longest(routes, chosen):
             counts[gold or PAST_END, name or ENDED] += 1
     return counts

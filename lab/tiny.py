@@ -76,20 +76,13 @@ def phrases():
     return texts
 
 
-def write_shell(out, hidden, layers, heads, kv_heads, inner):
-    """Writes a model directory without weights: config, tokenizer, picture settings; train.py fills
-    it. ValueError for sizes that do not fit each other."""
-    shape = (hidden, layers, heads, kv_heads, inner)
-    if min(shape) < 1 or hidden % (8 * heads) or heads % kv_heads:
-        raise ValueError(f"--shape {' '.join(map(str, shape))}: give numbers of at least 1, a "
-                         "hidden size that is a multiple of 8 for each head, and key/value heads "
-                         "that divide the heads")
-    tokenizer = build_tokenizer()
+def config_of(tokenizer, hidden, layers, heads, kv_heads, inner):
+    """The config.json of a model of these sizes, in the flat layout."""
     ids = {text: tokenizer.token_to_id(text) for text in CONTROL}
     pairs = hidden // heads // 2        # rotary pairs of a head: a quarter for time, the rest for
     time = pairs // 4                   # height and width
     height = (pairs - time) // 2
-    config = {
+    return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
         "vocab_size": tokenizer.get_vocab_size(),
@@ -116,6 +109,18 @@ def write_shell(out, hidden, layers, heads, kv_heads, inner):
             "spatial_merge_size": 2, "window_size": 32, "fullatt_block_indexes": [1],
             "hidden_act": "silu"},
     }
+
+
+def write_shell(out, hidden, layers, heads, kv_heads, inner):
+    """Writes a model directory without weights: config, tokenizer, picture settings; train.py fills
+    it. ValueError for sizes that do not fit each other."""
+    shape = (hidden, layers, heads, kv_heads, inner)
+    if min(shape) < 1 or hidden % (8 * heads) or heads % kv_heads:
+        raise ValueError(f"--shape {' '.join(map(str, shape))}: give numbers of at least 1, a "
+                         "hidden size that is a multiple of 8 for each head, and key/value heads "
+                         "that divide the heads")
+    tokenizer = build_tokenizer()
+    ids = {text: tokenizer.token_to_id(text) for text in CONTROL}
     pictures = {
         "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 8, "temporal_patch_size": 2,
         "merge_size": 2, "min_pixels": 16 * 16, "max_pixels": 4 * SIDE * SIDE,
@@ -129,4 +134,5 @@ def write_shell(out, hidden, layers, heads, kv_heads, inner):
     write_json(out / "tokenizer_config.json",
                {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
                 "pad_token": "<|endoftext|>"})
+    config = config_of(tokenizer, *shape)
     write_json(out / "config.json", config)         # the last: a directory without it is refused

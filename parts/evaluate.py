@@ -239,11 +239,11 @@ def report(tables, left_out, as_json):
     a line of JSON for each method. left_out: a list of faults for each table."""
     if not as_json:
         print_results(tables)
-    said = set()
-    for fault in (fault for faults in left_out for fault in faults):
-        if fault not in said:
-            say(f"infer.py: left out: {printable(fault)}")
-            said.add(fault)
+    all_faults = []
+    for faults in left_out:
+        all_faults += faults
+    for fault in dict.fromkeys(all_faults):                     # each once
+        say(f"infer.py: left out: {printable(fault)}")
     for table, faults in zip(tables, left_out):
         result = {**overview(table), "left_out": len(faults)}
         print(json.dumps(result, ensure_ascii=False))

@@ -98,12 +98,20 @@ class Group:
             earned = f"{'r' if self.parts else 'R'} {self.rewards[i]:.3f}"
             words = [earned, f"A {self.advantages[i]:+.3f}",
                      f"{len(candidate.token_ids):2d} tokens"]
-            for name in PARTS if self.parts else ():
-                value = getattr(self.parts[i], name)
-                if value is not None:
-                    words.append(f"{name} {value:.2f}")
+            if self.parts:
+                words += parts_in_words(self.parts[i])
             lines.append("  ".join([*words, candidate.text]))
         return lines
+
+
+def parts_in_words(reward):
+    """["form 1.00", "route 0.00", ...]: the parts that a Reward has."""
+    words = []
+    for name in PARTS:
+        value = getattr(reward, name)
+        if value is not None:
+            words.append(f"{name} {value:.2f}")
+    return words
 
 
 def nearness(reward):
@@ -147,13 +155,9 @@ def outcome_reward(trajectory):
 
 
 def states_of(trajectories):
-    """For each trajectory the states of its steps: the prompt that the policy saw, and the picture.
-    """
-    states = []
-    for trajectory in trajectories:
-        image = str(trajectory.row.get("image"))
-        states.append([(step.prompt_ids, image) for step in trajectory.steps])
-    return states
+    """For each trajectory of a question the states of its steps: what the policy read. (The picture
+    is that of the question, the same for all.)"""
+    return [[step.prompt_ids for step in trajectory.steps] for trajectory in trajectories]
 
 
 def groups_by_prompt(trajectories, rewards, advantages):
@@ -166,7 +170,7 @@ def groups_by_prompt(trajectories, rewards, advantages):
                 members_of.setdefault(state, []).append((step, rewards[i], advantage))
     groups = []
     golds = golds_of(trajectories[0].row)
-    for (prompt_ids, _), members in members_of.items():
+    for prompt_ids, members in members_of.items():
         steps, rewards_of_steps, own_advantages = zip(*members)
         candidates = tuple(step.candidates[0] for step in steps)
         groups.append(Group(steps[0].conversation, prompt_ids, candidates, list(rewards_of_steps),

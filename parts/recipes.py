@@ -50,8 +50,22 @@ TRAINING = {
     "entropy_on": Setting("all", "Easy-R1/verl/workers/actor/dp_actor.py"),
     **ROUTING,
 }
-LORA_RATE = Setting(1e-5, "ours: the release has no adapter, and an adapter takes ten times the "
-                          "rate of all weights")
+AGREED = {                  # in which the released code and our defaults agree
+    "temperature": Setting(1.0, EXAMPLE),
+    "beta1": Setting(0.9, ACTOR),
+    "weight_decay": Setting(0.01, EXAMPLE),
+    "clip_norm": Setting(1.0, EXAMPLE),
+    "clip": Setting(0.2, ACTOR),
+    "kl_coef": Setting(0.0, "Easy-R1/verl/workers/actor/dp_actor.py"),   # computed and left out
+    "scale": Setting(True, "EasyR1 verl/trainer/core_algos.py"),
+    "answer_rule": Setting("published", "Easy-R1/verl/utils/reward_score/step.py"),
+    "similarity_weight": Setting(0.5, "Easy-R1/verl/utils/reward_score/step.py"),
+    "route_weight": Setting(0.5, "Easy-R1/verl/utils/reward_score/step.py"),
+    "price": Setting(0.0, "Easy-R1/verl/utils/reward_score/step.py"),
+    "updates": Setting(1, ACTOR),
+}
+# Ours, since the release trains no adapter: ten times the rate of all weights, as adapters take it.
+LORA_RATE = 1e-5
 ANSWERING = {
     "max_new_tokens": Setting(2048, ANSWERS),
     "top_k": Setting(20, ANSWERS),                  # beside --temperature 1; greedy is ours

@@ -4,7 +4,7 @@ Those of every run (learning rate, steps, checkpoints) are RunOptions in plumbin
 """
 from dataclasses import dataclass
 
-from parts.recipes import LORA_RATE, TRAINING, follow
+from parts.recipes import AGREED, LORA_RATE, TRAINING, follow
 from plumbing.options import option
 from plumbing.run import RunOptions
 
@@ -46,7 +46,7 @@ class GrpoOptions(TrainOptions):
     recipe: str = option(None, "released: train as the released code does (mode offline); docs/"
                          "recipe.md lists its settings", choices=("released",))
     out: str = option("runs/step-grpo", "folder of the run; an unfinished run there is continued")
-    steps: int = option(250, "number of updates", least=1)
+    steps: int = option(250, "number of updates; outcome: 150", least=1)
     val_every: int = option(50, "updates between validations; 0: none")
     mode: str = option("online", "offline: step files with gold history; online: live "
                        "trajectories, a group a step, by gold hops; outcome: whole trajectories, "
@@ -84,7 +84,8 @@ class GrpoOptions(TrainOptions):
     k: int = option(2, "online, outcome: passages of evidence", least=1)
     max_steps: int = option(4, "online, outcome: sub-questions at most", least=1)
     lower_case: bool = option(False, "read outputs in lower case: sub-questions, searches, answers")
-    several: bool = option(False, "a routing step may name several bases, separated by commas")
+    several: bool = option(False, "a routing step may name several bases, with commas between; "
+                           "with --form strict such a step earns nothing")
     form: str = option("strict", "of the reward: strict pays only what the router can read, "
                        "published searches for tags", choices=("strict", "published"))
     similarity_weight: float = option(0.5, "of the routing reward")
@@ -138,7 +139,11 @@ def complete(flags):
     """Adds to the flags that were given, {name: value}, what follows from them."""
     if "recipe" in flags:
         follow_released(flags)
+    if "credit" in flags and flags.get("mode") != "outcome":
+        raise ValueError("--credit does nothing but in --mode outcome: steps are judged one by one "
+                         "in the others")
     if flags.get("mode") == "outcome":
+        flags.setdefault("steps", 150)          # six minutes of a core
         flags.setdefault("fill", 4)             # of 8 questions: waiting for all takes too long
         if flags.get("credit", "state") == "state":
             flags.setdefault("balance", False)  # balancing over routes slows this credit down
@@ -149,7 +154,8 @@ def follow_released(flags):
     if "encoder" not in flags:
         raise ValueError("--recipe released measures similarity with BGE-M3: name its directory "
                          "with --encoder")
-    settings = dict(TRAINING)
-    if flags.get("lora_rank"):
-        settings["learning_rate"] = LORA_RATE
+    settings = {**TRAINING, **AGREED}
+    if flags.get("lora_rank"):                  # the release has no rate for an adapter
+        del settings["learning_rate"]
+        flags.setdefault("learning_rate", LORA_RATE)
     follow(settings, flags)

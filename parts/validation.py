@@ -27,21 +27,26 @@ def on_questions(router_of_model, rows):
 
 
 def on_steps(router_of_model, steps, rewards_of):
-    """validate(model, number of the update) -> means of the rewards of greedy outputs for steps of a
-    file, of which "reward" is to choose by; a prompt that is too long earns 0.
+    """validate(model, number of the update) -> means of the rewards of greedy outputs for steps of
+    a file, of which "reward" is to choose by; a prompt that is too long earns 0.
 
     rewards_of: as parts.groups.groups_of takes it.
     """
     def validate(model, number):
         router = router_of_model(model)
         generator = torch.Generator(next(model.parameters()).device)    # greedy: nothing is random
-        outputs = router.sample([step.conversation() for step in steps], generator)
+        size = router.options.batch_size            # pictures of so many prompts at a time
+        outputs = []
+        for start in range(0, len(steps), size):
+            conversations = [step.conversation() for step in steps[start:start + size]]
+            outputs += router.sample(conversations, generator)
         groups = groups_of(steps, outputs, rewards_of)
         parts = [group.parts[0] for group in groups if group is not None]
-        scores = {**mean_parts(parts), "too_long": len(steps) - len(parts)}
+        scores = mean_parts(parts)
         scores["reward"] = sum(part.total for part in parts) / len(steps)
         shown = "  ".join(f"{name} {cell(value)}" for name, value in scores.items())
-        tell(f"validation after step {number}: {shown}", sys.stdout)
-        return scores
+        too_long = len(steps) - len(parts)
+        tell(f"validation after step {number}: {shown}, {too_long} too long", sys.stdout)
+        return {**scores, "too_long": too_long}
 
     return validate

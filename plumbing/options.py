@@ -106,12 +106,12 @@ class OneLineParser(argparse.ArgumentParser):
         raise ValueError(f"{message}: see {self.prog} --help")
 
 
-def add_flags(parser, cls, skip=()):
+def add_flags(parser, cls):
     """A flag for each field of an options class that has a text. Flags that are not given leave
     nothing behind, so the result of parse_args says which ones were."""
     for f in fields(cls):
         text = f.metadata.get("text")
-        if not text or f.name in skip:
+        if not text:
             continue
         more = {name: f.metadata[name] for name in ("nargs", "metavar") if name in f.metadata}
         if f.type is bool:

@@ -33,6 +33,9 @@ from plumbing.options import check_options, fill, flag_of, option
 from plumbing.ranks import empty, full, gather, rank, sharded, share_of, tell
 
 
+DEFAULT_RATE = 3e-4
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """Options that every run has. Each becomes a flag of the same name."""
@@ -40,8 +43,8 @@ class RunOptions:
                       "is continued")
     seed: int = option(0, "seed of everything that is random", most=2 ** 63 - 1)
     steps: int = option(1000, "number of updates", least=1)
-    learning_rate: float = option(None, "peak of the learning rate [3e-4; must be named where all "
-                                  "weights of a model above 100 M are trained]")
+    learning_rate: float = option(None, f"peak of the learning rate [{DEFAULT_RATE:g}; must be "
+                                  "named where all weights of a model above 100 M are trained]")
     warmup: int = option(10, "updates over which the learning rate rises to its peak")
     decay: float = option(0.5, "share of --steps, the last ones, over which the rate falls to a "
                           "tenth; 0 keeps it", most=1)
@@ -142,11 +145,11 @@ class Run:
                 tell(f"stopped after update {done}; the same command continues")
                 sys.exit(128 + self.stop)
         done = self.state["step"]
-        if done < self.o.steps:
+        if 0 < done < self.o.steps:
             rate = self.learning_rate(done - 1)
             tell(f"{self.o.minutes:g} minutes were over after update {done} of {self.o.steps}, "
-                 f"where the learning rate stood at {rate:.2g}; --steps {done} lets it fall to its "
-                 "end")
+                 f"where the learning rate stood at {rate:.2g}; a new run with --steps {done} "
+                 "takes as long, and there it falls to its end")
         summary = {"run": str(self.path), "steps": self.state["step"],
                    "tokens": self.state["tokens"], "seconds": round(self.state["seconds"], 1),
                    "best": self.state["best"]}

@@ -59,12 +59,14 @@ def tiny_vlm(tiny):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """Folder of a small training world: 39 questions on 40 countries, with practice files beside
-    it, and a shell of the tiny model in `shell`."""
+    """Folder of a small training world: 39 questions on 40 countries, with its bases in `kb`,
+    practice files beside it, and a shell of the tiny model in `shell`."""
+    from retrieve import world_bases
     folder = tmp_path_factory.mktemp("world") / "world"
     made("lab.world", "--split", "train", "--countries", 40, "--questions", 39, "--practice", 8,
          "--out", folder)
     made("lab.world", "--shell", folder / "shell")
+    world_bases(folder)
     return folder
 
 

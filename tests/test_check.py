@@ -14,8 +14,8 @@ import torch
 import model
 from conftest import ROOT, made, run
 from oracles import LAYOUTS, full_tokenizer, make_config, make_model, rewrite, save_checkpoint
-from parts import check
-from parts.check import Answer, compare, first_difference
+from lab import check
+from lab.check import Answer, compare, first_difference
 
 # The published template's words, without videos and numbered pictures.
 TEMPLATE = (
@@ -50,7 +50,7 @@ def copied(small, tmp_path):
 def checked(capsys):
     """Runs the command -> (its exit code, the lines that it prints)."""
     def checked(path, *words):
-        code = model.main(["check", str(path), *words])
+        code = check.main(["check", str(path), *words])
         output = capsys.readouterr()
         assert output.err == ""
         return code, output.out.splitlines()
@@ -251,7 +251,7 @@ def test_without_transformers(small, monkeypatch, checked):
 def test_transformers_is_imported_for_a_check_only():
     code = "import sys, model; assert not {'transformers', 'infer', 'train'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    code = "import sys, parts.check; assert not {'transformers', 'model'} & set(sys.modules)"
+    code = "import sys, lab.check; assert not {'transformers', 'infer', 'train'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
@@ -281,7 +281,7 @@ def without_pictures(path):
 
 def refused(capsys, *words):
     """The one line on stderr with which the command fails."""
-    assert model.main([str(word) for word in words]) == 2
+    assert check.main([str(word) for word in words]) == 2
     output = capsys.readouterr()
     assert output.out == "" and output.err.count("\n") == 1
     return output.err

@@ -52,9 +52,22 @@ def _(b):
     return b.outcome({"images": [], "steps": []}), "q.jsonl:1: empty question"
 
 
-@case("own bases: no questions")
+@case("own bases: beside a world")
 def _(b):
-    return b.grpo("--kb", "text=x")[:-2] + ["--kb", "text=x"], "--world does nothing beside --kb"
+    return b.grpo("--kb", "text=x"), "--world does nothing beside --kb"
+
+
+@case("own bases: nothing asks them")
+def _(b):
+    words = ["train", "grpo", "--model", b.m, "--out", b.out, "--mode", "offline", "--data",
+             b.w / "steps.jsonl", "--kb", "text=x"]
+    return words, "--kb does nothing beside --mode offline, but for questions of --val"
+
+
+@case("validation: never")
+def _(b):
+    words = b.grpo("--val", b.w / "questions.jsonl", "--val-world", b.w)
+    return words, "questions.jsonl does nothing with --val-every 0"
 
 
 @case("own bases: one is missing")
@@ -213,8 +226,9 @@ OPTIONS = (
     ("grpo --recipe released --encoder lexical --mode online", "--mode is online, but --recipe"),
     ("grpo --recipe released --encoder lexical --learning-rate 1e-5",
      "--learning-rate is 1e-05, but --recipe released has 1e-06"),
-    ("grpo --recipe released --encoder lexical --lora-rank 8 --learning-rate 1e-6",
-     "--learning-rate is 1e-06, but --recipe released has 1e-05"),
+    ("grpo --recipe released --encoder lexical --no-scale", "--scale is False, but --recipe"),
+    ("grpo --credit state", "--credit does nothing but in --mode outcome"),
+    ("sft --data {dir}/s.jsonl --val {dir}/v.jsonl", "cannot be read"),
     ("grpo --recipe released --encoder lexical --balance", "--balance is True, but --recipe"),
     ("show --mode offline", "--mode offline has no trajectory to show"),
     ("grpo --mode offline --world {dir}", "--world does nothing beside --mode offline"),

@@ -1,13 +1,21 @@
 """Bases and questions of one's own: a folder of passages, captioned pictures and tables is built,
 and all that trains with live retrieval trains on it."""
 import json
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
+import train
 from conftest import made, run
-from parts.stepfiles import is_step_file
+from grpo import RewardOptions, group_advantages, similarity_table, step_reward
+from model import VLM
+from parts.chat import Processor
+from parts.pretrained import load_encoder
+from parts.stepfiles import is_step_file, read_steps
 from training import WARM, rows_of
 
 PASSAGES = [f"The {thing} of {place} is {answer}." for thing, place, answer in (
@@ -109,7 +117,8 @@ def test_hops_are_not_read_where_final_answers_are_enough(world, tmp_path):
 
 
 def test_validation_on_steps_chooses_the_best_checkpoint(world, tmp_path):
-    """The rewards of greedy outputs, recomputed with the evaluation of infer.py's parts."""
+    """The rewards of greedy outputs; those of the last checkpoint are sampled and judged again, one
+    by one."""
     words = ("grpo", "--model", WARM, "--mode", "offline", "--data", world / "steps.jsonl",
              "--val", world / "steps.jsonl", "--val-questions", 5, "--val-every", 1, "--steps", 2,
              "--prompts", 4, "--group", 4, "--threads", 1)
@@ -120,8 +129,77 @@ def test_validation_on_steps_chooses_the_best_checkpoint(world, tmp_path):
     for score in scores:
         assert 0 < score["reward"] < 1 and score["too_long"] == 0
         assert set(score) == {"reward", "form", "similarity", "route", "answer", "too_long"}
-    options = json.loads((tmp_path / "r" / "last" / "trainer.json").read_text())
-    assert options["best"]["reward"] == max(score["reward"] for score in scores)
+    state = json.loads((tmp_path / "r" / "last" / "trainer.json").read_text())
+    assert state["best"]["reward"] == max(score["reward"] for score in scores)
+
+    folder = tmp_path / "r" / "last"
+    vlm, processor = VLM.from_pretrained(folder), Processor.from_pretrained(folder)
+    trajectories, _ = read_steps(world / "steps.jsonl", 5)
+    steps = [step for steps in trajectories for step in steps]
+    outputs = []
+    for step in steps:
+        batch = processor([step.conversation()])
+        inputs = {name: tensor for name, tensor in batch.items() if tensor is not None}
+        samples = vlm.generate(**inputs, temperature=0, max_new_tokens=64,
+                               eos_ids=processor.eos_ids)
+        outputs.append(processor.decode(samples.tokens[samples.mask].tolist()))
+    queries = [{"text": step.answer["query"]} for step in steps if step.kind == "ret"]
+    encoder, _ = load_encoder("lexical").fitted(queries)
+    golds = [step.as_published() for step in steps]
+    similarity = similarity_table(outputs, golds, encoder.encode_queries, "strict")
+    rewards = [step_reward(output, gold, similarity, RewardOptions("strict")).total
+               for output, gold in zip(outputs, golds)]
+    assert sum(rewards) / len(rewards) == pytest.approx(scores[-1]["reward"], abs=1e-6)
+
+
+def test_offline_training_is_validated_on_own_questions(own, world, tmp_path):
+    bases = [f"{base}={own / 'kb' / base}" for base in ("text", "image", "table")]
+    made("train.py", "grpo", "--model", WARM, "--mode", "offline", "--data", world / "steps.jsonl",
+         "--kb", *bases, "--val", own / "val.jsonl", "--val-every", 1, "--steps", 1, "--prompts", 4,
+         "--group", 2, "--threads", 1, "--out", tmp_path / "r")
+    [scores] = [row["validation"] for row in rows_of(tmp_path / "r" / "log.jsonl")
+                if "validation" in row]
+    assert scores["n"] == 2 and scores["retrievals"] > 0
+
+
+def test_the_folder_of_pictures_is_that_of_own_questions_alone(own, world, tmp_path):
+    """Questions elsewhere than their pictures, and a world to validate on with pictures of its own.
+    """
+    questions = shutil.copy(own / "answers.jsonl", tmp_path)
+    bases = grpo(own, "answers.jsonl", "--mode", "outcome", "--questions", 5, "--tries", 1)
+    words = [questions if word == own / "answers.jsonl" else word for word in bases]
+    done = run("train.py", *words, "--out", tmp_path / "r", "--val-world", world, "--val-every", 2,
+               "--val-questions", 4)
+    assert done.returncode == 2 and "Arvo.png" in done.stderr
+    made("train.py", *words, "--out", tmp_path / "r", "--val-world", world, "--val-every", 2,
+         "--val-questions", 4, "--images", own)
+
+
+def test_one_question_is_shown_state_by_state(world):
+    """All begin with the question, so its first state has all trajectories, and their advantages
+    are those of the rewards that stand beside them."""
+    done = made("train.py", "show", "--model", WARM, "--mode", "outcome", "--world", world,
+                "--question", 3, "--group", 6, "--seed", 2, "--threads", 1)
+    first = done.stdout.split("\nstate, ")[1]
+    assert first.startswith("6 answered it: Origin question: ")
+    pairs = re.findall(r"^  R ([\d.]+)  A ([+-][\d.]+) ", first, re.MULTILINE)
+    rewards = torch.tensor([float(reward) for reward, _ in pairs])
+    advantages = [float(advantage) for _, advantage in pairs]
+    assert len(pairs) == 6
+    assert group_advantages(rewards, torch.zeros(6)).tolist() == pytest.approx(advantages, abs=2e-3)
+
+
+def test_a_large_model_is_not_trained_at_the_default_rate(monkeypatch):
+    """The tiny model stands for a large one where the limit is lower than its weights."""
+    model = SimpleNamespace(parameters=lambda: [torch.zeros(1000, 1001)])
+    assert train.with_rate(train.GrpoOptions(), model).learning_rate == 3e-4
+    monkeypatch.setattr(train, "LARGE", 1e6)
+    with pytest.raises(ValueError, match="--learning-rate: name one.* all 1,001,000 of this one"):
+        train.with_rate(train.GrpoOptions(), model)
+    with pytest.raises(ValueError, match="--learning-rate: name one"):
+        train.with_rate(train.SftOptions(), model)
+    assert train.with_rate(train.GrpoOptions(learning_rate=1e-6), model).learning_rate == 1e-6
+    assert train.with_rate(train.GrpoOptions(lora_rank=8), model).learning_rate == 3e-4
 
 
 def test_step_files_are_told_from_question_files(world, own):

@@ -57,6 +57,7 @@ RUNS = {                                # kind of command -> ranks of each part 
                        "--lora-rank", 4, "--kl-coef", 0.1)),
     "online": ((1, 2), ()),             # two continue what one began; pictures on one of them alone
     "outcome": ((2, 1), ("--questions", 3)),                    # and the other way round
+    "own": ((2,), ("--val", "QUESTIONS", "--val-questions", 3, "--val-every", 2)),
 }
 
 
@@ -65,6 +66,7 @@ def test_two_ranks_train_as_one(world, shell, tmp_path, kind):
     """With the default learning rate: four steps move weights by 4e-4, and the difference is 1e-5
     at most."""
     parts, more = RUNS[kind]
+    more = [world / "questions.jsonl" if word == "QUESTIONS" else word for word in more]
     words = (*commands(world, shell)[kind], *more, "--steps")
     alone = start(1, (*words, 4), tmp_path / "one")
     for i, ranks in enumerate(parts):

@@ -15,11 +15,10 @@ from functools import lru_cache
 import pytest
 
 import infer
-import model
 import retrieve
 import train
 from conftest import ROOT, made
-from lab import bench, experiment, report, world as world_script
+from lab import bench, check, experiment, report, world as world_script
 
 PAGES = {}                                     # name -> text, of README and of everything in docs/
 for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
@@ -60,7 +59,7 @@ SMALL = {"--questions": "6", "--limit": "4", "--show": "2", "--max-new-tokens": 
          "--group": "2", "--seed": "7", "--countries": "60", "--nproc_per_node": "2",
          "--lora-rank": "2"}
 SCRIPTS = {                                    # how a script is called -> module, subcommands
-    "infer.py": (infer, [[]]), "model.py": (model, [["check"]]),
+    "infer.py": (infer, [[]]), "model.py": (check, [["check"]]),
     "train.py": (train, [["sft"], ["grpo"], ["show"], ["export"]]),
     "retrieve.py": (retrieve, [["build"], ["search"], ["info"], ["check"]]),
     "lab.world": (world_script, [[]]), "lab.report": (report, [[]]),

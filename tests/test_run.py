@@ -25,7 +25,7 @@ def wait_for(condition, process):
     assert condition()
 
 
-@pytest.mark.parametrize("kind", ["sft", "online", "offline", "outcome"])
+@pytest.mark.parametrize("kind", ["sft", "online", "offline", "outcome", "trajectory"])
 def test_six_steps_equal_three_a_kill_and_three_more(world, shell, tmp_path, kind):
     words = (*commands(world, shell)[kind], "--steps", 6, "--decay", 0)
     a, b = tmp_path / "a", tmp_path / "b"
@@ -56,7 +56,7 @@ def check_samples(rows, kind):
     for row in rows:
         assert row["prompt"] and row["gold"]
         assert all("<" in output["text"] for output in row["outputs"])
-        if kind != "outcome":       # there the group is the question, a row the outputs of a prompt
+        if kind in ("online", "offline"):       # else a row has the outputs of one state
             rewards = torch.tensor([output["reward"] for output in row["outputs"]])
             advantages = torch.tensor([output["advantage"] for output in row["outputs"]])
             expected = (rewards - rewards.mean()) / (rewards.std() + 1e-6)

@@ -11,12 +11,16 @@ def commands(world, shell):
     one never earns a reward, and nothing would be updated."""
     rest = ("--save-every", 3, "--log-every", 2, "--threads", 1)
     grpo = ("grpo", "--model", WARM, *rest, "--val-every", 0, "--group", 4)
-    steps = world / "steps.jsonl"
+    steps, questions = world / "steps.jsonl", world / "questions.jsonl"
+    outcome = (*grpo, "--mode", "outcome", "--questions", 4)
+    own_bases = [f"{base}={world / 'kb' / base}" for base in ("text", "image", "table")]
     return {
         "sft": ("sft", "--model", shell, *rest, "--data", f"{steps}=2", world / "copy.jsonl"),
         "online": (*grpo, "--world", world, "--prompts", 6, "--open-questions", 12),
         "offline": (*grpo, "--mode", "offline", "--data", steps, "--prompts", 6),
-        "outcome": (*grpo, "--mode", "outcome", "--world", world, "--questions", 4),
+        "outcome": (*outcome, "--world", world),
+        "trajectory": (*outcome, "--world", world, "--credit", "trajectory"),
+        "own": (*outcome, "--kb", *own_bases, "--data", questions, "--several", "--lower-case"),
     }
 
 
@@ -30,9 +34,10 @@ def log_of(run):
     for row in rows_of(run / "log.jsonl"):
         timeless = {}
         for name, value in row.items():
-            if not name.endswith(("seconds", "_s")) and name != "validation":
+            if not name.endswith(("seconds", "_s")):
                 timeless[name] = value
-        rows.append(timeless)
+        if "validation" not in row:
+            rows.append(timeless)
     return rows
 
 

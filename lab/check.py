@@ -6,13 +6,14 @@ transformers' on the same directory.
         -> logits at every position, greedy tokens -> the differences -> equal, or what differs
 
 The networks are in memory one after the other, never together: only what they answered stays.
-transformers is imported here alone, and only when a directory is checked.
+`python model.py check DIR` runs this.
 
 Shapes: T tokens of a prompt, V vocabulary, L new tokens.
 """
 import gc
 import inspect
 import math
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 
-from plumbing.files import printable, read_json
+from model import VLM
+from parts.chat import Processor
+from plumbing.files import printable, read_json, run_command
 from plumbing.options import OneLineParser, add_flags, from_flags, option
 from plumbing.weights import weight_files
 
@@ -41,7 +44,7 @@ class CheckOptions:
     device: str = option("cpu", "cpu, cuda, ...")
 
 
-def check_command(words, load_model, load_processor):
+def command(words):
     """The command line of model.py -> its exit code."""
     top = OneLineParser(prog="model.py", description="Qwen2.5-VL by hand.")
     commands = top.add_subparsers(required=True, metavar="check")
@@ -55,14 +58,14 @@ def check_command(words, load_model, load_processor):
     parser.add_argument("dir", help="model directory: config.json, safetensors, tokenizer.json")
     add_flags(parser, CheckOptions)
     args = top.parse_args(words or ["--help"])
-    return check(args.dir, from_flags(CheckOptions, args), load_model, load_processor)
+    return check(args.dir, from_flags(CheckOptions, args))
 
 
-def check(path, options, load_model, load_processor):
+def check(path, options):
     """Prints what a directory holds and how our network differs from transformers' -> 0 where they
     agree or transformers is missing, 1 where they differ. ValueError for what cannot be read."""
-    vlm = load_model(path, dtype=getattr(torch, options.dtype), device=options.device)
-    processor = load_processor(path)
+    vlm = VLM.from_pretrained(path, dtype=getattr(torch, options.dtype), device=options.device)
+    processor = Processor.from_pretrained(path)
     print(path)
     for title, text in findings(path, vlm.config, processor):
         print(f"  {title:<12}{text}")
@@ -336,3 +339,11 @@ def pixel_levels(ours, pixels, grid, settings):
     apart = (our_pixels - pixels).abs().unflatten(1, (3, -1))       # (patches, colours, numbers)
     std = torch.tensor(settings.image_std)[:, None]                 # (colours, 1)
     return 255 * (apart * std).max().item()
+
+
+def main(argv=None):
+    return run_command("model.py", command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
