@@ -24,7 +24,8 @@ Deviations from the released model code, with the reason
     * `group_log_probs` computes a prompt once for all its responses (prefix sharing).
 """
 import math
-import runpy
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -729,5 +730,6 @@ class VLM(nn.Module):
         return logps, zeros.masked_scatter(mask, entropies)
 
 
-if __name__ == "__main__":
-    runpy.run_module("lab.check", run_name="__main__")      # python model.py check DIR
+if __name__ == "__main__":                  # python model.py check DIR
+    project = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent)}
+    os.execve(sys.executable, [sys.executable, "-m", "lab.check", *sys.argv[1:]], project)

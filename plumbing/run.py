@@ -43,8 +43,8 @@ class RunOptions:
                       "is continued")
     seed: int = option(0, "seed of everything that is random", most=2 ** 63 - 1)
     steps: int = option(1000, "number of updates", least=1)
-    learning_rate: float = option(None, f"peak of the learning rate [{DEFAULT_RATE:g}; must be "
-                                  "named where all weights of a model above 100 M are trained]")
+    learning_rate: float = option(None, "peak of the learning rate [3e-4; must be named where all "
+                                  "weights of a model above 100 M are trained]")
     warmup: int = option(10, "updates over which the learning rate rises to its peak")
     decay: float = option(0.5, "share of --steps, the last ones, over which the rate falls to a "
                           "tenth; 0 keeps it", most=1)

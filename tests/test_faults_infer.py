@@ -249,4 +249,4 @@ for words, message in (
 @case("options: a question to show that is not there")
 def _(b):
     words = ["train", "show", "--model", b.m, "--world", b.w, "--question", 13]
-    return words, "has questions 0 to 12"
+    return words, "there are questions 0 to 12"

@@ -101,7 +101,7 @@ def test_hops_are_not_read_where_final_answers_are_enough(world, tmp_path):
     for name, change in (("with", {}), ("without", {"hops": None})):
         rows = [{**row, **change} for row in rows_of(world / "questions.jsonl")]
         home = tmp_path / name
-        shutil.copytree(world, home, ignore=shutil.ignore_patterns("*.jsonl"))
+        shutil.copytree(world, home, ignore=shutil.ignore_patterns("*.jsonl", "kb"))
         for base in ("text", "image", "table"):
             shutil.copy(world / f"{base}.jsonl", home)
         write_rows(home / "questions.jsonl", rows)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import redirect_stdout, suppress
 from functools import lru_cache
+from statistics import mean, stdev
 
 import pytest
 
@@ -50,7 +51,7 @@ STAND_INS = {
     "cuda": "cpu", "bfloat16": "float32",
     "photo.jpg": "{world}/flags/0.png", "…": "Which country has this flag?",
     "data/demo/kb": "{world}/kb", "data/demo": "{world}", "data/self.jsonl": "{out}/self.jsonl",
-    "data/mine": "{out}/mine", "data/deeper": "{out}/deeper", "data/deep": "{out}/deep",
+    "data/credit": "{out}/credit", "data/mine": "{out}/mine", "data/deeper": "{out}/deeper", "data/deep": "{out}/deep",
     "data/world": "{out}/practice", "data/kb": "{out}/practice-kb",
     "runs/step-grpo": "{out}/run", "weights/mine": "{out}/weights",
     "results.jsonl": "{out}/results.jsonl", "report.html": "{out}/report.html",
@@ -179,7 +180,8 @@ def test_command_runs(command, world, tmp_path):
     if "train.py" in words and "export" not in words:
         words += ["--steps", "1", "--out", str(tmp_path / "run"), "--threads", "1"]
     if "grpo" in words or "show" in words:
-        put(words, "--val-every", "0")
+        put(words, "--val-every", "1" if "--val" in words else "0")
+        put(words, "--val-questions", "2")
         if not {"offline", "released", "--kb"} & set(words):
             words += ["--world", str(world), "--prompts", "4"]
     if "build" in words:
@@ -358,16 +360,37 @@ def test_tables_show_the_stored_results():
         assert all(cell in full for cell in cells), name
 
 
+def test_credit_by_state_and_by_trajectory_are_the_stored_rows():
+    rows = [json.loads(line) for line in (ROOT / "results" / "credit.jsonl").open()]
+    in_docs = {row[0]: row[1:] for row in table_rows(RESULTS)}
+    means = {}
+    for credit in ("state", "trajectory"):
+        some = [row for row in rows if row["credit"] == credit]
+        scores = [row["test"]["f1_recall"] for row in some]
+        means[credit] = {"mean": mean(scores), "sd": stdev(scores), "seeds": scores}
+        cells = in_docs[f"by {credit}"]
+        assert cells[0] == shown(means[credit])
+        assert cells[1] == f"{mean(row['test']['route_accuracy'] for row in some):.3f}"
+        assert cells[3] == " / ".join(str(row["updates"]) for row in some)
+        assert len(some) == 3 and all(row["seconds"] < 370 for row in some)
+        assert shown(means[credit]) in " ".join(README.split())
+    assert means["state"]["mean"] >= 0.95
+
+
 def test_the_headline_is_what_was_measured():
-    summary = json.loads((ROOT / "results" / "summary.json").read_text())
-    weak = summary["main"]["weak start"]
-    trained = summary["collapse"]["balanced"]
-    before, after = weak["f1_recall"], trained["f1_recall"]
+    """Of make train, three seeds: before and after on 520 questions."""
+    before, *rows = [json.loads(line) for line in (ROOT / "results" / "train.jsonl").open()]
+    scores = [row["test"]["f1_recall"] for row in rows]
+    after = {"mean": mean(scores), "sd": stdev(scores), "seeds": scores}
+    start = before["test"]["f1_recall"]
+    assert [row["seed"] for row in rows] == [0, 1, 2]
+    assert all(row["test"]["n"] == 520 for row in (before, *rows))
     prose = " ".join(README.split())
-    assert f"from {before['mean']:.2f} to {after['mean']:.2f} F1-Recall" in prose
-    assert f"({before['mean']:.3f} to {after['mean']:.3f} ± {after['sd']:.3f}, three seeds" in prose
-    assert shown(after) in prose and len(after["seeds"]) == 3
-    assert weak["n"] == trained["n"] == 520 and "520 questions" in prose
+    assert f"from {start:.2f} to {after['mean']:.2f} F1-Recall" in prose
+    assert f"({start:.3f} to {after['mean']:.3f} ± {after['sd']:.3f}, three seeds" in prose
+    assert shown(after) in prose and "520 questions" in prose
+    options = re.search(r"train\.py (grpo .*) --seed", (ROOT / "Makefile").read_text())[1]
+    assert all(options in row["commands"][0].replace(" --clock cpu", "") for row in rows)
 
 
 def test_the_figures_of_the_soak_are_those_of_its_result():

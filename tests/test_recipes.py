@@ -14,7 +14,7 @@ from conftest import ROOT
 from infer import RouterOptions, parse_flags
 from model import VLM
 from parts.chat import Processor
-from parts.recipes import ANSWERING, LORA_RATE, TRAINING, follow
+from parts.recipes import AGREED, ANSWERING, LORA_RATE, TRAINING, follow
 from parts.steps import render_answer, render_route
 from plumbing.options import flag_of
 from scripted import Scripted, Words, cli
@@ -99,10 +99,15 @@ def test_the_page_has_a_row_for_each_setting(script, recipe, options):
         assert same(released, setting.value) and source == setting.source, name
 
 
+def test_the_settings_in_which_both_agree_are_our_defaults():
+    for name, (value, source) in AGREED.items():
+        assert fields_of(GrpoOptions)[name].default == value and source and name not in TRAINING
+
+
 def test_the_page_is_short_and_names_the_rate_of_an_adapter():
     assert len(PAGE.splitlines()) <= 90
-    [rate] = re.findall(r"adapter \(`--lora-rank`\) takes (\S+),", PAGE)
-    assert float(rate) == LORA_RATE.value
+    [rate] = re.findall(r"adapter \(`--lora-rank`\) takes (\S+) unless", PAGE)
+    assert float(rate) == LORA_RATE
 
 
 # ------------------------------------------------------------------------------------ a command
