@@ -328,6 +328,22 @@ def test_the_arithmetic_of_the_worked_trajectory():
     assert [o[:2] for o in groups_in(first)[0]] == [o[:2] for o in groups[0]]
 
 
+def test_the_arithmetic_of_the_states():
+    """Each advantage is that of its state (Eq. 7): of the rewards beside it."""
+    import torch
+    from grpo import group_advantages
+    [block] = [block for block in blocks(TRAJECTORY) if "state, " in block]
+    sizes = []
+    for state in block.split("\nstate, ")[1:]:
+        pairs = re.findall(r"^  R ([\d.]+)  A ([+-][\d.]+)  ", state, re.MULTILINE)
+        rewards = torch.tensor([float(reward) for reward, _ in pairs])
+        advantages = group_advantages(rewards, torch.zeros(len(pairs))).tolist()
+        assert advantages == pytest.approx([float(a) for _, a in pairs], abs=6e-4)
+        assert state.startswith(f"{len(pairs)} answered it")
+        sizes.append(len(pairs))
+    assert sizes == [6, 3, 3]
+
+
 # ------------------------------------------------------------------ what the results say
 
 def shown(score):
