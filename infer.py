@@ -283,7 +283,7 @@ class Router:
         self.room = positions - self.options.max_new_tokens     # tokens that a prompt may have
         if self.room < 1:
             raise ValueError(f"max_new_tokens {self.options.max_new_tokens} leaves no room for a "
-                             f"prompt: the model has {positions} positions")
+                             f"prompt: the model has {positions} positions, lower --max-new-tokens")
 
     def run(self, questions, on_done=None, generator=None):
         """Answers question rows; Trajectories in the same order.

@@ -397,7 +397,8 @@ class Outcome:
                 self.by_routes.setdefault(routes, []).append(row)
 
     def key(self, row):
-        return str(row.get("kind"))
+        """Of questions without a kind each is its own."""
+        return str(row.get("kind") or f"{row.get('file')}:{row.get('line')}")
 
     def draw(self, rng):
         """The questions of an update, evenly over their routes where these are known."""
@@ -555,6 +556,10 @@ def practice(o):
             world = o.world or embedded_world("train", "train", 0, 3000)
             bases = world_bases(world)
     if o.data:
+        for file in o.data:
+            if is_step_file(file):
+                raise ValueError(f"--data {file} holds steps, on which --mode offline trains: give "
+                                 "questions")
         rows = practice_rows(o.data, o.images or None)
     else:
         rows = practice_rows([Path(world) / "questions.jsonl"])
@@ -619,6 +624,9 @@ def validation(o, processor, prompts, bases):
         if not isinstance(o, GrpoOptions) or o.mode != "offline":
             raise ValueError(f"--val {o.val} holds steps, which are judged in train.py grpo --mode "
                              "offline alone: give it questions")
+        if o.kb or o.val_world:
+            raise ValueError(f"--kb and --val-world do nothing beside --val {o.val}, which holds "
+                             "steps: leave them out")
         rows, odd = clean_rows(steps_to_train_on(o.val), ())
         if odd["no_picture"]:
             tell(f"--val {o.val}: left out {odd['no_picture']} rows whose picture is missing")

@@ -56,6 +56,7 @@ AGREED = {                  # in which the released code and our defaults agree
     "weight_decay": Setting(0.01, EXAMPLE),
     "clip_norm": Setting(1.0, EXAMPLE),
     "clip": Setting(0.2, ACTOR),
+    "clip_high": Setting(0.0, ACTOR),           # as far up as down
     "kl_coef": Setting(0.0, "Easy-R1/verl/workers/actor/dp_actor.py"),   # computed and left out
     "scale": Setting(True, "EasyR1 verl/trainer/core_algos.py"),
     "answer_rule": Setting("published", "Easy-R1/verl/utils/reward_score/step.py"),

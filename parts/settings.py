@@ -5,7 +5,7 @@ Those of every run (learning rate, steps, checkpoints) are RunOptions in plumbin
 from dataclasses import dataclass
 
 from parts.recipes import AGREED, LORA_RATE, TRAINING, follow
-from plumbing.options import option
+from plumbing.options import flag_of, option
 from plumbing.run import RunOptions
 
 
@@ -135,6 +135,9 @@ class ExportOptions:
                         choices=("float32", "bfloat16", "float16"))
 
 
+OF_STEPS = ("encoder", "form", "similarity_weight", "route_weight", "answer_rule", "price")
+
+
 def complete(flags):
     """Adds to the flags that were given, {name: value}, what follows from them."""
     if "recipe" in flags:
@@ -143,6 +146,10 @@ def complete(flags):
         raise ValueError("--credit does nothing but in --mode outcome: steps are judged one by one "
                          "in the others")
     if flags.get("mode") == "outcome":
+        for name in OF_STEPS:
+            if name in flags:
+                raise ValueError(f"{flag_of(name)} does nothing in --mode outcome, where the "
+                                 "recall of the final answer is the only reward: leave it out")
         flags.setdefault("steps", 150)          # six minutes of a core
         flags.setdefault("fill", 4)             # of 8 questions: waiting for all takes too long
         if flags.get("credit", "state") == "state":

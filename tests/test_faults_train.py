@@ -49,7 +49,14 @@ def _(b):
 
 @case("questions: steps in place of them")
 def _(b):
-    return b.outcome({"images": [], "steps": []}), "q.jsonl:1: empty question"
+    return b.outcome({"images": [], "steps": []}), "q.jsonl holds steps, on which --mode offline"
+
+
+@case("validation: steps beside bases")
+def _(b):
+    words = ["train", "grpo", "--model", b.m, "--out", b.out, "--mode", "offline", "--data",
+             b.w / "steps.jsonl", "--val", b.w / "steps.jsonl", "--kb", "text=x"]
+    return words, "--kb and --val-world do nothing beside --val"
 
 
 @case("own bases: beside a world")
@@ -227,6 +234,8 @@ OPTIONS = (
     ("grpo --recipe released --encoder lexical --learning-rate 1e-5",
      "--learning-rate is 1e-05, but --recipe released has 1e-06"),
     ("grpo --recipe released --encoder lexical --no-scale", "--scale is False, but --recipe"),
+    ("grpo --recipe released --encoder lexical --clip-high 0.3", "--clip-high is 0.3, but"),
+    ("grpo --mode outcome --price 0.1", "--price does nothing in --mode outcome"),
     ("grpo --credit state", "--credit does nothing but in --mode outcome"),
     ("sft --data {dir}/s.jsonl --val {dir}/v.jsonl", "cannot be read"),
     ("grpo --recipe released --encoder lexical --balance", "--balance is True, but --recipe"),
