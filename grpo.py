@@ -27,7 +27,7 @@ Deviations from the paper and from the released code, with the reason
       still earns its similarity, and guessing earns recall.
     * Similarities are rounded to six digits (see similarity_table).
     * Credit by state is the step term of GiGPO (2505.10978) alone, without discount and without its
-      trajectory term, which slowed learning down here.
+      trajectory term: one idea, and it is enough in the embedded world.
 """
 import re
 from dataclasses import dataclass

@@ -153,7 +153,7 @@ def complete(flags):
         flags.setdefault("steps", 150)          # six minutes of a core
         flags.setdefault("fill", 4)             # of 8 questions: waiting for all takes too long
         if flags.get("credit", "state") == "state":
-            flags.setdefault("balance", False)  # balancing over routes slows this credit down
+            flags.setdefault("balance", False)  # it would need gold routes
 
 
 def follow_released(flags):
