@@ -98,6 +98,25 @@ def routed(prefix, row, options):
     yield ask_final(prefix + "final", row, history)
 
 
+def at_random(prefix, row, options):
+    """A baseline of routing: the model's own sub-questions, each sent to one base chosen at random.
+
+    The choices depend on the seed and the question's text alone, not on the batch. The steps and
+    the result row keep the routes that the model named.
+    """
+    rng = random.Random(f"{options.seed} {row['question']}")
+    method = routed(prefix, row, options)
+    reply = None
+    while True:
+        try:
+            request = method.send(reply)
+        except StopIteration:
+            return
+        if isinstance(request, Search):
+            request = replace(request, bases=(rng.choice(BASES),))
+        reply = yield request
+
+
 def by_gold_hops(prefix, row, options):
     """The ceiling: gold sub-questions and routes; search and answers are live."""
     if row.get("hops") is None:
@@ -177,6 +196,7 @@ def in_full(row):
 METHODS = {     # name -> (function, its first argument, bases that it needs)
     "router": (routed, "", BASES),
     "fewshot": (routed, "fewshot ", BASES),
+    "random": (at_random, "", BASES),
     "oracle": (by_gold_hops, "", BASES),
     "iterative": (drafted, BASES, BASES),
     "direct": (without_search, "final", ()),
@@ -497,7 +517,8 @@ class Flags:
     chat: bool = flag(False, "questions and follow-ups from the terminal; :help says more", "chat")
     eval: tuple = flag((), "evaluate on the questions of these JSONL files instead of the world's",
                        "eval", nargs="+")
-    score: tuple = flag((), "score the rows of existing result files", "score", nargs="+")
+    score: tuple = flag((), "score the rows of existing result files; two that answer the same "
+                        "questions are compared as well", "score", nargs="+")
     method: tuple = flag((), f"one or more of {', '.join(METHODS)} [router]", *ANSWERING, nargs="+")
     recipe: str = flag(None, "released: settings of the released inference in place of our "
                        "defaults; its sampling needs --temperature 1 beside it, else it is greedy",
@@ -591,9 +612,8 @@ def command(words):
     if flags.threads > 0:
         torch.set_num_threads(flags.threads)
     if mode == "score":
-        tables, faults = score_files(flags.score, flags.limit)
-        counted = [faults] + [[] for _ in tables[1:]]       # all at the first: whose is not known
-        report(tables, counted, flags.json)
+        tables, left_out, comparison = score_files(flags.score, flags.limit)
+        report(tables, left_out, flags.json, comparison)
         return
     methods = flags.method or ("router",)
     for method in methods:

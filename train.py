@@ -52,7 +52,8 @@ from parts.batches import Mixture, count_tokens, in_budget, make_batch, pack
 from parts.chat import Processor
 from parts.groups import (Group, Interest, balanced, groups_by_prompt, groups_of, mean_of,
                           nearness, outcome_reward, reward_metrics, states_of)
-from parts.live import Live, check_hops, gold_base, nearest_hops, practice_rows
+from parts.live import (Live, asked_last, check_hops, gold_base, nearest_hops,
+                        practice_rows)
 from parts.lora import add_lora, load_adapter, lora_disabled, merge_lora
 from parts.modeldir import (keep_others, prompts_in, read_model, start_previous_token_head,
                             write_model)
@@ -366,7 +367,8 @@ class Online:
         for live, step in zip(questions, steps):
             if step.route:
                 routed.append(live)
-                queries_and_hops.append((step.parsed.query, live.hops()))
+                hops = asked_last(live.hops(), step.parsed.names)
+                queries_and_hops.append((step.parsed.query, hops))
         hops = nearest_hops(queries_and_hops, self.o.match, self.encoder)
         for live, hop in zip(routed, hops):
             live.hop = hop

@@ -28,7 +28,7 @@ from grpo import Reward
 from lab.curves import (AXES, SMOOTHING, Run, draw_curves, is_number, panels_of, points,
                         styles)
 from parts.evaluate import COLUMNS, Column, evaluate, score_row
-from parts.live import nearest_hops, route_golds
+from parts.live import asked_last, askable, nearest_hops, route_golds, still_open
 from parts.pretrained import load_encoder
 from parts.questions import HERE, ROUTING, gold_routes, golds_of, plans_of, predicted
 from parts.score import answer_scores
@@ -388,12 +388,14 @@ def step_rewards(row, encoder):
 
     open_hops, rewards = list(row["hops"]), []
     for plan in plans:
-        route, answer = reward_of(plan, route_golds(open_hops)), None
-        [hop] = nearest_hops([(plan["query"], open_hops)], TRAINING.match, encoder)
+        ready = askable(open_hops)
+        route, answer = reward_of(plan, route_golds(ready)), None
+        queries_and_hops = [(plan["query"], asked_last(ready, plan["retriever"]))]
+        [hop] = nearest_hops(queries_and_hops, TRAINING.match, encoder)
         if hop and "answer" in plan:
             answer = reward_of(plan["answer"], [{"step_type": "ans", "answer": hop["answer"]}])
             if answer.total == 1:
-                open_hops.remove(hop)
+                open_hops = still_open(open_hops, hop)
         rewards.append((route, answer))
     final = reward_of(row["llm_answer"], [{"step_type": "ans", "answer": golds_of(row)}])
     return [*rewards, (None, final)]

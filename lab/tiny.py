@@ -3,8 +3,8 @@ import re
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lab.world import COLOURS, FIRST, MOVES, SECOND, SHAPES, SIDE
-from parts.steps import ASK, EVIDENCE_HEADER, FINISH, PREFIX
+from lab.world import COLOURS, FIRST, MOVES, SECOND, SHAPES, SIDE, WORDINGS
+from parts.steps import ASK, EVIDENCE_HEADER, FINISH, PREFIX, UNKNOWN
 from plumbing.files import replacing, write_json
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>",
@@ -44,8 +44,10 @@ def vocabulary():
     sentences = []
     for move in MOVES.values():
         sentences += [move.ask, move.stands_for or "", move.fact, move.need]
+    sentences += WORDINGS
     sentences += [
-        "Which country has more people, or more", "need fact enough final answer",
+        "Which country has more people, or more", "need fact enough final answer no yes Is it this",
+        UNKNOWN,
         "Text Retriever Text Image Retriever Table Retriever None", *COLOURS, *SHAPES,
         "What colour shape is the emblem? What colour is the top left stripe?",
         "flag system user assistant plan read answer copy"]
@@ -72,7 +74,7 @@ def phrases():
     for prefix in PREFIX.values():
         texts += [f"{prefix}-{i}:" for i in range(5)]
     for word in ("Sub-question", "Answer"):
-        texts += [f"{word}{i}:" for i in range(1, 6)]
+        texts += [f"{word}{i}:" for i in range(1, 10)]
     return texts
 
 

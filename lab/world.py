@@ -10,6 +10,9 @@ one fact, each fact lies in exactly one of the three knowledge bases, so every q
 best route. The names of the three splits come from disjoint parts of the name space: whoever
 answers a test question has read it in the evidence and cannot have remembered it.
 
+Four dials make a world harder: facts that no base has, facts in another base than usual, questions
+that name their answer among others, and several wordings of a question.
+
 This file knows the world and the step language, and nothing of models. It meets the scripts through
 files on disk, and everything particular to the world is data written here.
 """
@@ -25,7 +28,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from parts.steps import ASK, EVIDENCE_HEADER, IMAGE, PREFIX, ROUTES, final_problem, route_problem
+from parts.steps import (ASK, EVIDENCE_HEADER, IMAGE, PREFIX, ROUTES, UNKNOWN, final_problem,
+                         route_problem)
 from plumbing.files import replacing, run_command
 from plumbing.options import OneLineParser, add_flags, check_options, from_flags, option
 
@@ -112,13 +116,14 @@ MORE_RELATIONS = ("star", "assistant", "mayor")
 IN_TEXT = ("capital", "language")
 IN_TABLE = ("population", "area", "currency")
 OF_PERSON = ("age", "height")
+OF_CUP = ("winner", "year")
 # kind of question -> the chains of moves it is drawn from; kinds of two and more hops are named
 # after their bases
 ONE_AND_TWO_HOPS = {
     "text": [(m,) for m in (*IN_TEXT, "leader")],
     "birth": [("birthplace",)],
     "table": [(m,) for m in (*IN_TABLE, *OF_PERSON)],
-    "cup": [("winner",), ("year",)],
+    "cup": [(m,) for m in OF_CUP],
     "image": [("flag",)],
     "image-text": [("flag", m) for m in (*IN_TEXT, "leader")],
     "image-table": [("flag", m) for m in IN_TABLE],
@@ -196,7 +201,23 @@ def held_out(chain):
     return any(needs(chain[i:i + 3]) in HELD_OUT for i in range(len(chain) - 2))
 
 
+# Other wordings of a question, of a relation and what it belongs to. Each relation has one of them
+# that only --wordings held asks in.
+WORDINGS = ("Name the {} of {}.", "Tell me the {} of {}.", "{1}: which {0}?")
+
 RETRIEVERS = {base: name.lower() for base, name in ROUTES.items()}
+OTHER_BASE = {"text": "table", "table": "text"}     # where the facts of a base can be moved to
+
+
+def fact(move, entity, value, base):
+    """A fact as a passage of that base states it; where it is not the usual one, in its style."""
+    move = MOVES[move]
+    if base == move.base:
+        return move.fact.format(entity, value)
+    owner = f"{entity} cup" if move.source == "cup" else entity
+    if base == "text":
+        return f"{owner} has {move.need} {value}"
+    return f"{owner} {move.need}[sep] {value}"
 
 # ------------------------------------------------------------------------------------------- flags
 
@@ -282,11 +303,25 @@ def look_question(flag, rng):
 # ------------------------------------------------------------------------------------------- world
 
 
-class World:
-    """Facts of one world, facts[move][entity] = value; entities by type, flags by country, corpora
-    by base."""
+@dataclass(frozen=True)
+class Dials:
+    """What makes a world harder. Each is a flag."""
+    unanswerable: float = option(0.0, "share of the facts of text and tables that no base has: the "
+                                 f"answer is {UNKNOWN!r}", most=0.5)
+    moved: float = option(0.0, "share of the facts of text and tables that lie in the other of the "
+                          "two bases", most=0.5)
+    guessable: float = option(0.0, "share of the questions that name their answer: yes or no, or "
+                              "one of three", most=1)
+    wordings: str = option("usual", "of the questions: usual; several, one more for each relation "
+                           "is held out; held, that one", choices=("usual", "several", "held"))
 
-    def __init__(self, split, seed, countries, rich=False):
+
+class World:
+    """Facts of one world, facts[move][entity] = value, and the base that holds each,
+    places[move, entity]; entities by type, flags by country, corpora by base."""
+
+    def __init__(self, split, seed, countries, rich=False, dials=Dials()):
+        self.dials = dials
         self.rng = random.Random(f"{split} world {seed}")
         self.names = name_space(split)
         self.own_names = set(self.names)
@@ -300,6 +335,7 @@ class World:
             owners = {"star": self.countries, "assistant": self.countries, "mayor": cities}
             for move, entities in owners.items():
                 self.facts[move] = dict(zip(entities, more.sample(self.people, countries)))
+        self.places = self.draw_places(random.Random(f"{split} places {seed}"))
         self.flags = {country: random_flag(self.rng) for country in self.countries}
         self.corpora = {base: self.corpus(base) for base in RETRIEVERS}
         self.mentions = {base: {} for base in RETRIEVERS}   # base -> name -> passages that have it
@@ -338,14 +374,30 @@ class World:
             "flag": {country: country for country in self.countries},
         }
 
-    def fact(self, move, entity):
-        """A fact as its passage states it."""
-        return MOVES[move].fact.format(entity, self.facts[move][entity])
+    def draw_places(self, rng):
+        """The base that holds each fact: the usual one, another one for the share `moved`, and None
+        for the share `unanswerable`."""
+        places = {}
+        for move, values in self.facts.items():
+            usual = MOVES[move].base
+            for entity in values:
+                places[move, entity] = usual
+                u = rng.random()
+                if usual in OTHER_BASE and u < self.dials.unanswerable:
+                    places[move, entity] = None
+                elif usual in OTHER_BASE and u > 1 - self.dials.moved:
+                    places[move, entity] = OTHER_BASE[usual]
+        return places
 
-    def table(self, title, entity, moves):
-        """Facts of an entity as the rows of a table, flattened as Open-WikiTable's are."""
-        rows = [f"[Row] {self.fact(move, entity)}" for move in moves]
-        return f"[Title] {title}[Header] fact[sep] value[Rows]" + "".join(rows)
+    def passages(self, base, moves, entity):
+        """Those of an entity's facts that lie in the base, as its passages: a sentence each, or the
+        rows of one table, flattened as Open-WikiTable's are."""
+        facts = [fact(move, entity, self.facts[move][entity], base)
+                 for move in moves if self.places[move, entity] == base]
+        if base != "table":
+            return [f"{text}." for text in facts]
+        title, rows = MOVES[moves[0]].source, "".join(f"[Row] {text}" for text in facts)
+        return [f"[Title] {title}[Header] fact[sep] value[Rows]{rows}"] if facts else []
 
     def corpus(self, base):
         """Documents of a base: in the text base a passage has one fact, in the table base the facts
@@ -353,20 +405,24 @@ class World:
         docs = []
         if base == "image":
             for i, country in enumerate(self.countries):
-                caption = self.fact("flag", country) + "."
+                [caption] = self.passages("image", ("flag",), country)
                 docs.append({"id": f"image-{i}", "text": caption, "image": f"flags/{i}.png"})
             return docs
         texts = []
         if base == "text":
             for country in self.countries:
-                texts += [self.fact(move, country) + "." for move in (*IN_TEXT, "leader")]
-            texts += [self.fact("birthplace", person) + "." for person in self.people]
-            for move in MORE_RELATIONS:
-                texts += [self.fact(move, entity) + "." for entity in self.facts.get(move, ())]
+                texts += self.passages(base, (*IN_TEXT, "leader"), country)
+            for move in ("birthplace", *MORE_RELATIONS):
+                for entity in self.facts.get(move, ()):
+                    texts += self.passages(base, (move,), entity)
         else:
-            texts += [self.table("country", country, IN_TABLE) for country in self.countries]
-            texts += [self.table("person", person, OF_PERSON) for person in self.people]
-            texts += [self.table("cup", cup, ("winner", "year")) for cup in self.cups]
+            for entities, moves in ((self.countries, IN_TABLE), (self.people, OF_PERSON),
+                                    (self.cups, OF_CUP)):
+                for entity in entities:
+                    texts += self.passages(base, moves, entity)
+        for (move, entity), place in self.places.items():
+            if place == base and MOVES[move].base != base:
+                texts += self.passages(base, (move,), entity)
         return [{"id": f"{base}-{i}", "text": text} for i, text in enumerate(texts)]
 
     def evidence(self, base, query, rng, k=2, photo=None):
@@ -377,7 +433,7 @@ class World:
         so ties are broken at random.
         """
         if base == "image" and photo is not None:
-            passages = [MOVES["flag"].fact.format("", photo) + "."]
+            passages = self.passages(base, ("flag",), photo)
         else:
             passages = self.best_passages(base, query, rng)[:k]
         while len(passages) < k:
@@ -414,21 +470,57 @@ class World:
                     "person": self.people, "cup": self.cups}
         entity = rng.choice(entities[MOVES[chain[0]].source])
         photo = entity if chain[0] == "flag" else None
-        hops = []
+        question, hops, value = self.ask(chain, entity, rng), [], entity
         for i, name in enumerate(chain):
-            value = self.facts[name][entity]
-            rest = ask_chain(chain[i:], entity)
-            hops.append({**make_hop(MOVES[name], entity, value), "rest": rest})
-            entity = value
-        return {"question": hops[0]["rest"], "answer": value, "kind": kind, "hops": hops,
-                "photo": photo, "thought": "final answer"}
+            rest = ask_chain(chain[i:], value)
+            tries = self.look_ups(name, value)
+            hops += [{**hop, "rest": rest} for hop in tries]
+            if len(tries) > 1:
+                kind = "moved"
+            value = tries[-1]["answer"]
+            if value == UNKNOWN:
+                kind = "unanswerable"
+                break
+        q = {"question": question, "answer": value, "kind": kind, "hops": hops, "photo": photo,
+             "thought": "final answer"}
+        others = sorted(set(self.facts[chain[-1]].values()) - {value})
+        wanted = self.dials.guessable and rng.random() < self.dials.guessable
+        return guessable(q, others, rng) if wanted and value != UNKNOWN and len(others) > 1 else q
+
+    def look_ups(self, move, entity):
+        """The gold hops of a move: one, or where the usual base has not got the fact, which nobody
+        can know before, another one to the base where it may be."""
+        usual, place = MOVES[move].base, self.places[move, entity]
+        bases = (usual,) if place == usual else (usual, OTHER_BASE[usual])
+        value = self.facts[move][entity]
+        return [make_hop(move, entity, value if base == place else UNKNOWN, base)
+                for base in bases]
+
+    def ask(self, chain, entity, rng):
+        """One question for a chain of moves that starts at an entity, in its usual wording; or with
+        several, half of the time in another one; or in the one that is held out for its move."""
+        if self.dials.wordings == "usual":
+            return ask_chain(chain, entity)
+        move, owner = MOVES[chain[-1]], entity
+        held = list(MOVES).index(chain[-1]) % len(WORDINGS)
+        others = [wording for i, wording in enumerate(WORDINGS) if i != held]
+        if move.source in ("photo", "cup"):
+            owner = "this flag" if move.source == "photo" else f"the {entity} cup"
+        for name in chain[:-1]:
+            owner = MOVES[name].stands_for.format(owner)
+        if self.dials.wordings == "held":
+            return WORDINGS[held].format(move.need, owner)
+        if rng.random() < 0.5:
+            return ask_chain(chain, entity)
+        return rng.choice(others).format(move.need, owner)
 
     def comparison(self, rng):
         """A question that compares two countries of different populations."""
-        people = self.facts["population"]
-        a, b = rng.sample(self.countries, 2)
+        people = {country: number for country, number in self.facts["population"].items()
+                  if self.places["population", country] == "table"}
+        a, b = rng.sample(list(people), 2)
         while people[a] == people[b]:
-            b = rng.choice([country for country in self.countries if country != a])
+            b = rng.choice([country for country in people if country != a])
         return compare_question(a, b, people[a], people[b])
 
 
@@ -440,18 +532,32 @@ def ask_chain(chain, entity):
     return MOVES[chain[-1]].ask.format(entity)
 
 
-def make_hop(move, entity, value):
+def guessable(q, others, rng):
+    """The question with its answer named: yes or no, or one of three; `others` are like it."""
+    answer = q["answer"]
+    if rng.random() < 0.5:
+        stated = answer if rng.random() < 0.5 else rng.choice(others)
+        verdict = "yes" if stated == answer else "no"
+        return {**q, "question": f"{q['question']} Is it {stated}?", "answer": verdict,
+                "kind": "yes-no", "thought": f"{answer} is it {stated}"}
+    a, b, c = rng.sample([answer, *rng.sample(others, 2)], 3)
+    return {**q, "question": f"{q['question']} Is it {a}, {b} or {c}?", "kind": "options"}
+
+
+def make_hop(move, entity, value, base):
     """One look-up: its sub-question, base and answer, what it is called, and the fact that its
-    evidence states."""
-    return {"query": move.ask.format(entity), "base": move.base, "answer": value,
-            "need": move.need, "quote": move.fact.format(entity, value)}
+    evidence states, or that it states none."""
+    need = MOVES[move].need
+    quote = f"{entity} no {need}" if value == UNKNOWN else fact(move, entity, value, base)
+    return {"query": MOVES[move].ask.format(entity), "base": base, "answer": value, "need": need,
+            "quote": quote}
 
 
 def compare_question(a, b, people_a, people_b):
     """Which of two countries has more people? The final thought lays the numbers side by side
     before it names the winner."""
-    population = MOVES["population"]
-    hops = [make_hop(population, a, people_a), make_hop(population, b, people_b)]
+    hops = [make_hop("population", a, people_a, "table"),
+            make_hop("population", b, people_b, "table")]
     more, winner = (people_a, a) if int(people_a) >= int(people_b) else (people_b, b)
     thought = f"{people_a} {a} {people_b} {b} more {more} {winner}"
     return {"question": f"Which country has more people, {a} or {b}?", "answer": winner,
@@ -485,7 +591,7 @@ def final_step(q, history):
             "thought": q["thought"]}
 
 
-def gold_steps(world, q, rng, peel=False):
+def gold_steps(world, q, rng, k=2, peel=False):
     """The steps of a question as they should be: ask, read, ask, read, ..., nothing more is needed,
     answer.
 
@@ -495,7 +601,7 @@ def gold_steps(world, q, rng, peel=False):
     """
     steps, history = [], []
     for hop in q["hops"]:
-        evidence = world.evidence(hop["base"], hop["query"], rng, photo=q["photo"])
+        evidence = world.evidence(hop["base"], hop["query"], rng, k, q["photo"])
         thought = f"need {hop['need']}"
         if peel and history and "rest" in hop:
             thought = f"{hop['rest']} {thought}"
@@ -506,7 +612,7 @@ def gold_steps(world, q, rng, peel=False):
     return steps + [ret_step(q, history, "none", "none", "enough"), final_step(q, history)]
 
 
-def weak_steps(world, q, rng):
+def weak_steps(world, q, rng, k=2):
     """Deliberately poor demonstrations: bases at random, every second sub-question useless or an
     early stop; the answers stay right.
 
@@ -514,7 +620,7 @@ def weak_steps(world, q, rng):
     taught, or no reward has a signal. The useless half is one third too vague (the whole question),
     one third an early stop, one third some hop of the question, whether it is its turn or not.
     """
-    steps = gold_steps(world, q, rng)
+    steps = gold_steps(world, q, rng, k)
     for step in steps:
         if step["step_type"] != "ret":
             continue
@@ -536,7 +642,7 @@ def weak_steps(world, q, rng):
     return steps
 
 
-def baseline_steps(world, q, rng):
+def baseline_steps(world, q, rng, k=2):
     """The same question for pipelines that do not route: from the weights alone, one base asked
     once, all three asked once."""
     thought = q["thought"]
@@ -546,9 +652,9 @@ def baseline_steps(world, q, rng):
     if mode == "direct":
         return [final_step(q, [])]
     evidence = []
+    each = math.ceil(k / 3) if mode == "static" else k
     for base in RETRIEVERS if mode == "static" else (mode,):
-        k = 1 if mode == "static" else 2
-        evidence += world.evidence(base, q["question"], rng, k, q["photo"])
+        evidence += world.evidence(base, q["question"], rng, each, q["photo"])
     return [ans_step(q["question"], evidence, q["answer"], thought, q["photo"])]
 
 
@@ -571,12 +677,38 @@ def copy_task(world, rng):
     return [ans_step(MOVES[move].ask.format(entity), evidence, value, thought, None, "copy")]
 
 
+def absent_task(world, rng):
+    """Practice in reading what a wrong base brings: it does not say."""
+    move = rng.choice([move for move in world.facts if move != "flag"])
+    entity = rng.choice(list(world.facts[move]))
+    base = rng.choice([base for base in RETRIEVERS if base != world.places[move, entity]])
+    hop = make_hop(move, entity, UNKNOWN, base)
+    evidence = world.evidence(base, hop["query"], rng, rng.choice(EVIDENCE_LINES))
+    return [ans_step(hop["query"], evidence, UNKNOWN, f"{hop['quote']} {UNKNOWN}", None)]
+
+
 def compare_task(world, rng):
     """Practice in comparing: the last step of a comparison with random numbers and names."""
     a, b = rng.sample(world.names, 2)
     people_a, people_b = rng.sample(range(10, 50), 2)
     q = compare_question(a, b, str(people_a), str(people_b))
     return [final_step(q, [(hop["query"], hop["answer"]) for hop in q["hops"]])]
+
+
+# Deeper questions and other -k have numbers that the questions to train on seldom reach: a label
+# like "Answer3:" is one token, which a model that never saw it cannot read.
+EVIDENCE_LINES = (1, 2, 2, 2, 3, 4, 5)
+LABEL = re.compile(r"(Sub-question|Answer)(\d):")
+
+
+def later_numbers(steps, rng):
+    """The same steps, in every second trajectory with a history that begins at 2 to 5."""
+    shift = rng.choice((0, 0, 0, 0, 1, 2, 3, 4))
+
+    def later(match):
+        return f"{match[1]}{int(match[2]) + shift}:"
+
+    return [{**step, "problem": LABEL.sub(later, step["problem"])} for step in steps]
 
 
 def fresh_names(steps, world, rng):
@@ -660,7 +792,8 @@ def choose_kinds(kinds, names, hops, compositions):
 
 # of a world, by folder
 PICTURES = {"flags": r"\d+\.png", "photos": r"\d+-\d\.jpg", "practice": r"\d+\.jpg"}
-PRACTICE_FILES = ("fresh", "weak", "baselines", "describe", "copy", "compare")
+PRACTICE_FILES = ("fresh", "weak", "baselines", "describe", "copy", "compare",
+                  "absent")
 
 
 def make_room(out):
@@ -683,12 +816,13 @@ def make_room(out):
         file.unlink()
 
 
-def write_world(out, split, seed, questions, countries, kinds, rich=False, peel=False):
+def write_world(out, split, seed, questions, countries, kinds, dials=Dials(), rich=False,
+                peel=False):
     """Writes one world: corpora, pictures, steps.jsonl and questions.jsonl.
 
     Returns the world and its questions with their photos.
     """
-    world = World(split, seed, countries, rich)
+    world = World(split, seed, countries, rich, dials)
     make_room(out)
     (out / "flags").mkdir(parents=True, exist_ok=True)
     for i, country in enumerate(world.countries):
@@ -700,7 +834,7 @@ def write_world(out, split, seed, questions, countries, kinds, rich=False, peel=
         q = world.question(*kinds[i % len(kinds)], rng)
         rows.append((q, photos.of(q["photo"], rng) if q["photo"] else None))
     rng.shuffle(rows)
-    steps = [step_row(gold_steps(world, q, rng, peel), image) for q, image in rows]
+    steps = [step_row(gold_steps(world, q, rng, peel=peel), image) for q, image in rows]
     write_lines(out / "steps.jsonl", steps)
     ids = [f"{split}-{seed}-{i}" for i in range(questions)]
     lines = [question_row(name, q, image) for name, (q, image) in zip(ids, rows)]
@@ -731,10 +865,10 @@ def write_practice(out, world, rows, seed, amount, peel=False):
 
     def renamed(make, *more):
         for q, image in rows:
-            steps = make(world, q, rng, *more)
+            steps = make(world, q, rng, rng.choice(EVIDENCE_LINES), *more)
             if rng.random() < 0.9:
                 steps = fresh_names(steps, world, rng)
-            yield step_row(steps, image)
+            yield step_row(later_numbers(steps, rng), image)
 
     def descriptions():
         for i in range(amount):
@@ -754,13 +888,14 @@ def write_practice(out, world, rows, seed, amount, peel=False):
     write_lines(out / "describe.jsonl", descriptions())
     write_lines(out / "copy.jsonl", practised(copy_task, 3 * amount))
     write_lines(out / "compare.jsonl", practised(compare_task, amount))
+    write_lines(out / "absent.jsonl", practised(absent_task, amount))
 
 
 # ------------------------------------------------------------------------------------ command line
 
 
 @dataclass(frozen=True)
-class WorldOptions:
+class WorldOptions(Dials):
     """Write one embedded world: three corpora, pictures, questions and training steps."""
     split: str = option("test", "which part of the name space", choices=tuple(SHARES))
     seed: int = option(0, "another seed, another world", least=-math.inf)
@@ -805,7 +940,8 @@ def command(words):
     out = Path(o.out or "data/world")
     kinds = choose_kinds(RICH_KINDS if o.rich else KINDS, o.kinds, o.hops, o.compositions)
     countries = o.countries or (1200 if o.split == "train" else 300)
-    world, rows = write_world(out, o.split, o.seed, o.questions, countries, kinds, o.rich, o.peel)
+    world, rows = write_world(out, o.split, o.seed, o.questions, countries, kinds, o, o.rich,
+                              o.peel)
     if o.practice:
         write_practice(out, world, rows, o.seed, o.practice, o.peel)
     passages = ", ".join(f"{len(docs)} {base} passages" for base, docs in world.corpora.items())

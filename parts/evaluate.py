@@ -2,6 +2,7 @@
 
     questions -> answer_many -> result rows (a JSONL file that grows) -> score_row -> measures
     -> score_table: means with intervals, of all and by set, kind, number of hops -> print_results
+    two runs on the same questions -> compare: the difference, its interval and p-value
 """
 import json
 import math
@@ -136,16 +137,61 @@ def six_digits(number):
     return float(f"{number:.6g}")
 
 
-def score_table(rows):
+def compare(rows_a, rows_b, resamples=10000):
+    """How much better run A answers than run B does, in F1-Recall: as `paired` has it.
+
+    The i-th rows of both lists, with "set" and "line", answer the same question, else ValueError.
+    Rows of several seeds may stand in a list: a question counts with the mean of its rows, and is
+    drawn with all of them.
+    """
+    if len(rows_a) != len(rows_b) or not rows_a:
+        raise ValueError(f"{len(rows_a)} and {len(rows_b)} result rows: expected as many of A as "
+                         "of B, and at least one")
+    gains_of = {}                                   # question -> F1-Recall of A - B, for each seed
+    for a, b in zip(rows_a, rows_b):
+        question = str((row_key(a), a.get("question")))
+        if question != str((row_key(b), b.get("question"))):
+            raise ValueError(f"line {a['line']} of set {a['set']!r}: A and B answer different "
+                             "questions: compare runs on one question file")
+        gain = score_row(a)["f1_recall"] - score_row(b)["f1_recall"]
+        gains_of.setdefault(question, []).append(gain)
+    return paired([np.mean(gains) for gains in gains_of.values()], resamples)
+
+
+def paired(gains, resamples=10000):
+    """The score of A minus that of B on each of n questions -> {"n", "difference": their mean,
+    "ci": [low, high], "p", "a_only" and "b_only": shares of the questions on which A and B score
+    higher}.
+
+    The 95 % interval is percentiles of the paired bootstrap over questions (Efron & Tibshirani
+    1993; Koehn 2004), always drawn from seed 0. p is two-sided: twice the smaller share of the
+    resampled differences that are at most, or at least, 0; 0 says less than 2 / resamples.
+    """
+    n = len(gains)
+    gains = np.sort(gains).round(12)                                                # (n,)
+    rng = np.random.default_rng(0)
+    differences = np.empty(resamples)
+    for i in range(resamples):                      # one at a time: n may be large
+        counts = rng.multinomial(n, np.full(n, 1 / n))      # (n,), how often each is drawn
+        differences[i] = counts @ gains / n
+    differences = differences.round(12)             # 1e-17 is a tie
+    low, high = np.percentile(differences, (2.5, 97.5))
+    smaller = min(np.mean(differences <= 0), np.mean(differences >= 0))
+    return {"n": n, "difference": six_digits(gains.mean().round(12)),
+            "ci": [six_digits(low), six_digits(high)], "p": six_digits(min(2 * smaller, 1)),
+            "a_only": six_digits(np.mean(gains > 0)), "b_only": six_digits(np.mean(gains < 0))}
+
+
+def score_table(rows, name=None):
     """Means of the result rows of a method: of all, then of each set, kind and number of hops.
 
     A row is {"method", "by": "all" or one of GROUPINGS, "group": its name, **means}. Costs are
-    those of a question.
+    those of a question. `name` stands there in place of the method.
     """
     if not rows:
         raise ValueError("nothing to evaluate: there are no result rows")
     scores = [score_row(row) for row in rows]
-    method = rows[0].get("method") or "given"
+    method = name or method_of(rows[0])
     table = [{"method": method, "by": "all", "group": "", **means(scores)}]
     for by in GROUPINGS:
         groups = {}
@@ -155,6 +201,10 @@ def score_table(rows):
         for name in sorted(groups):
             table.append({"method": method, "by": by, "group": name, **means(groups[name])})
     return table
+
+
+def method_of(row):
+    return row.get("method") or "given"
 
 
 def overview(table):
@@ -234,11 +284,25 @@ def print_results(tables):
         print_table(lines)
 
 
-def report(tables, left_out, as_json):
-    """Prints the tables (not with `as_json`), on stderr the rows that were left out, and in the end
-    a line of JSON for each method. left_out: a list of faults for each table."""
+def print_comparison(a, b, result):
+    """One line for people: what `compare` says of the methods named a and b."""
+    low, high = result["ci"]
+    p = "p < 0.001" if result["p"] < 0.001 else f"p {result['p']:.3f}"
+    line = (f"{a} - {b}: F1-Recall {result['difference']:+.3f}, 95 % {low:.3f} to {high:.3f}, {p}; "
+            f"{a} scores higher on {100 * result['a_only']:.1f} %, "
+            f"{b} on {100 * result['b_only']:.1f} % of {result['n']} questions")
+    print(printable(line))
+
+
+def report(tables, left_out, as_json, comparison=None):
+    """Prints the tables and the comparison of the two (not with `as_json`), on stderr the rows that
+    were left out, and in the end a line of JSON for each method and one for the comparison.
+    left_out: a list of faults for each table."""
     if not as_json:
         print_results(tables)
+    if comparison and not as_json:
+        a, b = (table[0]["method"] for table in tables)
+        print_comparison(a, b, comparison)
     all_faults = []
     for faults in left_out:
         all_faults += faults
@@ -247,22 +311,63 @@ def report(tables, left_out, as_json):
     for table, faults in zip(tables, left_out):
         result = {**overview(table), "left_out": len(faults)}
         print(json.dumps(result, ensure_ascii=False))
+    if comparison:
+        print(json.dumps(comparison, ensure_ascii=False))
 
 
 def score_files(files, limit=None):
-    """Result files of ours or of others -> (a score_table of each method, faults)."""
-    rows_of, faults, seen = {}, [], {}
-    for file in files:
-        rows, bad = read_results(file, limit)
-        faults += bad
+    """Result files of ours or of others -> (tables, left_out, comparison).
+
+    tables: a score_table of each method; left_out: a list of faults for each table. Where two files
+    answer the same questions with one method each, each has a table of its own, and the comparison
+    is {"compare": the files, **compare}; else it is None.
+    """
+    results = [read_results(file, limit) for file in files]
+    if len(files) == 2:
+        (rows_a, faults_a), (rows_b, faults_b) = results
+        rows_b = in_order_of(rows_a, rows_b)
+        if rows_b:
+            comparison = {"compare": list(map(str, files)), **compare(rows_a, rows_b)}
+            names = names_apart([method_of(rows_a[0]), method_of(rows_b[0])], files)
+            tables = [score_table(rows_a, names[0]), score_table(rows_b, names[1])]
+            return tables, [faults_a, faults_b], comparison
+    rows_of, all_faults, seen = {}, [], {}
+    for file, (rows, faults) in zip(files, results):
+        all_faults += faults
         for row in rows:
-            method = row.get("method") or "given"
+            method = method_of(row)
             if seen.setdefault((method, str(row_key(row))), row) is not row:
                 raise ValueError(f"{file}: line {row['line']} of set {row['set']!r} is there twice "
                                  f"for method {method!r}: score files of different runs one at a "
-                                 "time")
+                                 "time, or two with a method each and all the same lines")
             rows_of.setdefault(method, []).append(row)
-    return [score_table(rows) for rows in rows_of.values()], faults
+    tables = [score_table(rows) for rows in rows_of.values()]
+    left_out = [all_faults] + [[] for _ in tables[1:]]      # all at the first: whose is not known
+    return tables, left_out, None
+
+
+def in_order_of(rows_a, rows_b):
+    """rows_b in the order of rows_a, by their keys. None unless both have the same keys, each once,
+    and a method each."""
+    for rows in (rows_a, rows_b):
+        if len(set(map(method_of, rows))) > 1:
+            return None
+    keys = [str(row_key(row)) for row in rows_a]
+    row_of = {str(row_key(row)): row for row in rows_b}
+    if len(rows_b) != len(keys) or sorted(row_of) != sorted(keys):
+        return None
+    return [row_of[key] for key in keys]
+
+
+def names_apart(methods, files):
+    """What two tables are called: by the method, and where that is the same, the file's name or
+    else its path."""
+    if methods[0] != methods[1]:
+        return methods
+    stems = [Path(file).stem for file in files]
+    if stems[0] == stems[1]:
+        stems = files
+    return [f"{method} {stem}" for method, stem in zip(methods, stems)]
 
 
 def read_results(file, limit=None):

@@ -3,6 +3,9 @@
 A gold hop is {"query", "retriever", "answer"}. It is open until it was asked for and answered
 rightly. Open hops may be asked for in any order and wording: a sub-question stands for the open hop
 that is nearest to it in meaning, if it is near enough.
+
+A fact may lie in one of several bases: then there is a hop for each base to look in, with the same
+query, and the answer "unknown" where it is not.
 """
 import re
 
@@ -10,6 +13,7 @@ import torch
 
 from parts.questions import golds_of, load_questions
 from parts.score import answer_scores
+from parts.steps import UNKNOWN
 
 
 def practice_rows(files, images=None, limit=None):
@@ -43,7 +47,7 @@ class Live:
     """A question under way. It is a prompt as parts/groups.py takes them: conversation(), golds(),
     label()."""
 
-    def __init__(self, router, serial, number, row, only_ready=False):
+    def __init__(self, router, serial, number, row, only_ready=True):
         """serial: its number among all that are opened; number: of its row in the file."""
         self.question = router.open(serial, row)
         self.prompts = router.prompts
@@ -86,7 +90,7 @@ class Live:
         if step.kind == "answer" and self.hop:
             _, recall, _ = answer_scores(step.answer, [self.hop["answer"]])
             if recall == 1:
-                self.open_hops.remove(self.hop)
+                self.open_hops = still_open(self.open_hops, self.hop)
         self.question.send(step)
 
 
@@ -114,6 +118,24 @@ def askable(hops):
         if not any(names(hop["query"], str(other["answer"])) for other in others):
             free.append(hop)
     return free or hops
+
+
+def still_open(hops, answered):
+    """The open hops after one of them was answered. Where a fact was found, other places to look
+    for it are not open any more."""
+    rest = [hop for hop in hops if hop is not answered]
+    if answered["answer"] != UNKNOWN:
+        rest = [hop for hop in rest
+                if (hop["query"], hop["answer"]) != (answered["query"], UNKNOWN)]
+    return rest
+
+
+def asked_last(hops, retrievers):
+    """The hops, those of the retrievers that were asked behind the others: of equally near ones the
+    last counts."""
+    asked = [name.lower() for name in retrievers]
+    right = [hop for hop in hops if hop["retriever"].strip().lower() in asked]
+    return [hop for hop in hops if hop not in right] + right
 
 
 def names(query, answer):

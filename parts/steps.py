@@ -23,6 +23,7 @@ BASES = ("text", "image", "table")
 ROUTES = {"text": "Text Retriever", "image": "Text Image Retriever", "table": "Table Retriever"}
 BASE_OF = {name.lower(): base for base, name in ROUTES.items()}
 PREFIX = {"text": "ter", "image": "tir", "table": "tar"}    # label of a base's evidence lines
+UNKNOWN = "unknown"     # the answer where the evidence does not say
 NONE = "None"       # as sub-question and as route: nothing more is needed
 IMAGE = "<image>"   # stands at the end of a problem with a picture
 

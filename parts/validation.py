@@ -14,13 +14,21 @@ from plumbing.ranks import tell
 
 def on_questions(router_of_model, rows):
     """validate(model, number of the update) -> scores of the router on these questions, of which
-    "f1_recall" is to choose by."""
+    "f1_recall" is to choose by; "died_out" says that it hardly searches any more."""
+    searches = []                               # a question, of each validation so far
+
     def validate(model, number):
         scores = evaluate(router_of_model(model).run(rows))
+        searches.append(scores["retrievals"])
+        scores["died_out"] = scores["retrievals"] < 0.1 * max(searches)
         tell(f"validation after step {number}: F1-Recall {cell(scores['f1_recall'])}, routing "
              f"{cell(scores['route_accuracy'])}, retrievals {cell(scores['retrievals'], '.2f')} "
              f"(gold {cell(scores['gold_retrievals'], '.2f')}), malformed "
              f"{cell(scores['malformed'])}", sys.stdout)
+        if scores["died_out"]:
+            tell(f"retrieval has died out: {scores['retrievals']:.2f} searches a question, once "
+                 f"{max(searches):.2f}. Right answers are too rare to pay for a search: start from "
+                 "a better model, or mix in easier questions", sys.stdout)
         return scores
 
     return validate

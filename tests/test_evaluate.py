@@ -1,6 +1,7 @@
 """Measures by hand, intervals against the binomial distribution, tables, result files that grow."""
 import json
 import os
+import random
 import re
 import zlib
 
@@ -8,9 +9,10 @@ import pytest
 
 from conftest import ROOT, run
 from infer import Flags
-from parts.evaluate import (COLUMNS, GROUPINGS, MEASURES, answer_many, appending, different_kinds,
-                            earlier_rows, evaluate, means, overview, print_results, print_table,
-                            score_row, score_table, settings_mark)
+from parts.evaluate import (COLUMNS, GROUPINGS, MEASURES, answer_many, appending, compare,
+                            different_kinds, earlier_rows, evaluate, means, overview,
+                            print_comparison, print_results, print_table, score_row, score_table,
+                            settings_mark)
 from parts.questions import load_questions
 from parts.steps import render_answer
 from parts.trajectory import COSTS
@@ -104,6 +106,117 @@ def test_intervals_are_those_of_the_binomial_distribution():
     assert means(scores(1)[:1])["ci"]["f1_recall"] == [1.0, 1.0]
 
 
+# ------------------------------------------------------------------------------- two runs compared
+
+def paired_rows(answers, lines=None):
+    """Result rows whose gold answer is "Ortal city", on questions 0, 1, ... or those of `lines`."""
+    rows = []
+    for answer, line in zip(answers, lines or range(len(answers))):
+        rows.append(answered(answer, set="s", line=line, question=f"Who {line}?"))
+    return rows
+
+
+def test_a_comparison_by_hand():
+    """F1-Recall of A is 1, 1, 1/2, 0, of B 0, 1, 1, 0: gains of 1, 0, -1/2, 0."""
+    a = paired_rows(["Ortal city", "Ortal city", "Ortal", "x"])
+    b = paired_rows(["x", "Ortal city", "Ortal city", "x"])
+    result = compare(a, b)
+    assert list(result) == ["n", "difference", "ci", "p", "a_only", "b_only"]
+    assert (result["n"], result["difference"]) == (4, 0.125)
+    assert (result["a_only"], result["b_only"]) == (0.25, 0.25)
+    low, high = result["ci"]
+    assert -0.5 <= low < 0.125 < high <= 1
+    other = compare(b, a)                                   # the other way round
+    assert (other["difference"], other["p"]) == (-0.125, pytest.approx(result["p"], abs=0.03))
+    assert other["ci"] == pytest.approx([-high, -low], abs=0.13)    # by one step of 1/8
+    assert compare(a[::-1], b[::-1]) == result == compare(a, b)     # order makes no difference
+    # one question: every draw is the same; p is at most 1, and 0 where no draw says otherwise
+    assert compare(a[:1], b[:1]) == {"n": 1, "difference": 1.0, "ci": [1.0, 1.0], "p": 0.0,
+                                     "a_only": 1.0, "b_only": 0.0}
+
+
+def test_the_p_value_of_two_questions():
+    """Gains 1 and 0: of four equally likely draws one is of mean 0, none is below: p = 2 / 4."""
+    result = compare(paired_rows(["Ortal city"] * 2), paired_rows(["Ortal city", "x"]))
+    assert result["p"] == pytest.approx(0.5, abs=0.02) and result["ci"] == [0.0, 1.0]
+
+
+def test_a_run_does_not_differ_from_itself():
+    rows = paired_rows(["Ortal city", "Ortal", "x"])
+    assert compare(rows, rows) == {"n": 3, "difference": 0.0, "ci": [0.0, 0.0], "p": 1.0,
+                                   "a_only": 0.0, "b_only": 0.0}
+
+
+def random_answers(n, seed):
+    rng = random.Random(seed)
+    return [rng.choice(["Ortal city", "Ortal", "x"]) for _ in range(n)]
+
+
+def test_the_interval_is_that_of_a_plain_bootstrap():
+    n = 60
+    a, b = paired_rows(random_answers(n, 1)), paired_rows(random_answers(n, 2))
+    gains = []
+    for one, other in zip(a, b):
+        gains.append(score_row(one)["f1_recall"] - score_row(other)["f1_recall"])
+    rng = random.Random(3)
+    draws = []
+    for _ in range(4000):
+        draws.append(sum(rng.choice(gains) for _ in range(n)) / n)
+    draws.sort()
+    result = compare(a, b)
+    assert result["difference"] == pytest.approx(sum(gains) / n, abs=1e-6)
+    assert result["ci"] == pytest.approx([draws[100], draws[3899]], abs=0.02)
+    low = sum(draw <= 0 for draw in draws) / 4000
+    high = sum(draw >= 0 for draw in draws) / 4000
+    assert result["p"] == pytest.approx(2 * min(low, high), abs=0.05)
+
+
+def test_the_interval_of_many_questions_is_the_normal_one():
+    """Mean +- 1.96 standard errors of the paired gains; the two runs agree on most questions, so
+    that is much narrower than the interval of unpaired means."""
+    n = 2000
+    answers = random_answers(n, 4)
+    others = random_answers(n // 5, 5) + answers[n // 5:]
+    a, b = paired_rows(answers), paired_rows(others)
+    gains = [score_row(x)["f1_recall"] - score_row(y)["f1_recall"] for x, y in zip(a, b)]
+    mean = sum(gains) / n
+    error = (sum((gain - mean) ** 2 for gain in gains) / n / n) ** 0.5
+    result = compare(a, b, resamples=4000)
+    assert result["ci"] == pytest.approx([mean - 1.96 * error, mean + 1.96 * error], abs=0.002)
+    low, high = means([score_row(row) for row in a])["ci"]["f1_recall"]
+    assert result["ci"][1] - result["ci"][0] < 0.7 * (high - low)
+
+
+def test_rows_of_several_seeds_are_drawn_with_their_question():
+    """Four seeds that agree tell no more than one; as rows of 4n questions they would seem to."""
+    answers, others = random_answers(50, 6), random_answers(50, 7)
+    one = compare(paired_rows(answers), paired_rows(others))
+    lines = list(range(50)) * 4
+    four = compare(paired_rows(answers * 4, lines), paired_rows(others * 4, lines))
+    assert four == one
+    apart = compare(paired_rows(answers * 4), paired_rows(others * 4))
+    assert (apart["n"], apart["difference"]) == (200, pytest.approx(one["difference"], abs=1e-6))
+    width, narrow = one["ci"][1] - one["ci"][0], apart["ci"][1] - apart["ci"][0]
+    assert narrow == pytest.approx(width / 2, rel=0.1)              # the root of four
+    # seeds that differ: a question counts with its mean, here gains of 0 and 1/2
+    a = paired_rows(["Ortal city", "x", "Ortal city", "Ortal"], [0, 0, 1, 1])
+    b = paired_rows(["x", "Ortal city", "x", "Ortal"], [0, 0, 1, 1])
+    result = compare(a, b)
+    assert (result["n"], result["difference"], result["ci"]) == (2, 0.25, [0.0, 0.5])
+    assert (result["a_only"], result["b_only"]) == (0.5, 0.0)
+
+
+def test_rows_of_different_questions_are_not_compared():
+    rows = paired_rows(["x", "x"])
+    for change in ({"line": 7}, {"set": "t"}, {"question": "Where?"}):
+        with pytest.raises(ValueError, match="line 1 of set 's': A and B answer different"):
+            compare(rows, [rows[0], rows[1] | change])
+    with pytest.raises(ValueError, match="^2 and 1 result rows"):
+        compare(rows, rows[:1])
+    with pytest.raises(ValueError, match="^0 and 0 result rows"):
+        compare([], [])
+
+
 # --------------------------------------------------------------------------------------- tables
 
 def test_columns_are_measures():
@@ -146,6 +259,14 @@ def test_what_is_printed(capsys):
     assert ["a", "0.750", "-"] in [line.split() for line in lines]
     print_table([["ab", "c"], ["d", "efg"]])
     assert capsys.readouterr().out == "ab    c\nd   efg\n\n"
+    result = {"n": 520, "difference": 0.031, "ci": [0.012, 0.05], "p": 0.002, "a_only": 0.0519,
+              "b_only": 0.0208}
+    print_comparison("router", "te\nxt", result)
+    assert capsys.readouterr().out == (
+        "router - te xt: F1-Recall +0.031, 95 % 0.012 to 0.050, p 0.002; router scores higher on "
+        "5.2 %, te xt on 2.1 % of 520 questions\n")
+    print_comparison("a", "b", result | {"p": 0.0})
+    assert ", p < 0.001; " in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------- files of result rows
@@ -207,6 +328,66 @@ def test_the_same_questions_of_two_runs_are_not_pooled(tmp_path, capsys):
     code, lines, err = cli(capsys, "--score", one)                  # a row left out counts once
     assert code == 0 and len(err) == 1
     assert [json.loads(line)["left_out"] for line in lines[-2:]] == [1, 0]
+
+
+def result_file(path, answers, lines=(1, 2, 3), **more):
+    """A result file of set "s", its lines in this order, gold answer "x"."""
+    path.parent.mkdir(exist_ok=True)
+    rows = []
+    for answer, line in zip(answers, lines):
+        rows.append({"set": "s", "line": line, "question": f"Who {line}?", "llm_answer": answer,
+                     "method": "router", **more})
+    return questions_at(path, *rows)
+
+
+def test_two_runs_on_the_same_questions_are_compared(tmp_path, capsys):
+    a = result_file(tmp_path / "first.jsonl", "xxy")
+    b = result_file(tmp_path / "second.jsonl", "yyx", (3, 1, 2))        # paired by line, not place
+    code, lines, err = cli(capsys, "--score", a, b)
+    assert code == 0 and not err
+    first, second, comparison = map(json.loads, lines[-3:])
+    assert [first["method"], second["method"]] == ["router first", "router second"]
+    assert (first["f1_recall"], second["f1_recall"]) == (0.666667, 0.333333)
+    assert comparison.pop("compare") == [str(a), str(b)]
+    assert {name: comparison[name] for name in ("n", "difference", "a_only", "b_only")} == {
+        "n": 3, "difference": 0.333333, "a_only": 0.333333, "b_only": 0.0}
+    assert lines[-4].startswith("router first - router second: F1-Recall +0.333, 95 % 0.000 to 1.0")
+    assert any(line.split()[:3] == ["router", "second", "3"] for line in lines)
+    code, lines, _ = cli(capsys, "--score", a, b, "--json")
+    assert code == 0 and len(lines) == 3 and json.loads(lines[-1])["compare"] == [str(a), str(b)]
+    # files of one name are told apart by their paths; different methods are not renamed
+    b = result_file(tmp_path / "deep" / "first.jsonl", "yyx")
+    names = [json.loads(line)["method"] for line in cli(capsys, "--score", a, b, "--json")[1][:2]]
+    assert names == [f"router {a}", f"router {b}"]
+    b = result_file(tmp_path / "second.jsonl", "yyx", method="text")
+    code, lines, _ = cli(capsys, "--score", a, b)
+    assert [json.loads(line)["method"] for line in lines[-3:-1]] == ["router", "text"]
+    assert lines[-4].startswith("router - text: F1-Recall +0.333, ")
+    # each file has its own rows that were left out
+    b.write_text(b.read_text() + "{oops\n")
+    lines = cli(capsys, "--score", a, b)[1]
+    assert [json.loads(line)["left_out"] for line in lines[-3:-1]] == [0, 1]
+
+
+def test_files_that_cannot_be_compared(tmp_path, capsys):
+    a = result_file(tmp_path / "a.jsonl", "xxy")
+    # no line in common: scored together, as before
+    b = result_file(tmp_path / "b.jsonl", "xxy", (4, 5, 6))
+    code, lines, _ = cli(capsys, "--score", a, b, "--json")
+    assert code == 0 and [json.loads(line)["n"] for line in lines] == [6]
+    # some in common, a line twice, three files, another question at the same line
+    part = result_file(tmp_path / "part.jsonl", "xxy", (2, 3, 4))
+    twice = result_file(tmp_path / "twice.jsonl", "xxyx", (1, 2, 3, 3))
+    same = result_file(tmp_path / "same.jsonl", "yyy")
+    other = result_file(tmp_path / "other.jsonl", "yyy", question="Where?")
+    for files, message in (
+            ((a, part), "line 2 of set 's' is there twice for method 'router'"),
+            ((a, twice), "line 1 of set 's' is there twice"),
+            ((a, same, b), "line 1 of set 's' is there twice"),
+            ((a, other), "line 1 of set 's': A and B answer different questions: compare runs")):
+        code, lines, err = cli(capsys, "--score", *files)
+        assert code == 2 and not lines and len(err) == 1 and message in err[0], err
+    assert "two with a method each and all the same lines" in cli(capsys, "--score", a, part)[2][0]
 
 
 def test_nobody_reads_on(tmp_path):

@@ -209,6 +209,13 @@ def _(b):
     return ["infer", "--score", b.file("r.jsonl", row)], "retriever 'Text Retriever' is no list"
 
 
+@case("result rows: two files that answer other questions at the same line")
+def _(b):
+    row = {"set": "s", "line": 1, "question": "?", "answer": "x", "llm_answer": "x"}
+    other = b.file("other.jsonl", row | {"question": "Who?"})
+    return ["infer", "--score", b.file("r.jsonl", row), other], "line 1 of set 's': A and B answer"
+
+
 @case("place: results below a file")
 def _(b):
     return b.eval(asking(None), flags=("--out", b.file("taken", "") / "r.jsonl")), "taken"

@@ -413,6 +413,40 @@ def test_the_picture_goes_along_to_the_base_of_pictures_alone(bases):
     assert queries["image"] == [{"text": "Whose?", "image": rows[0]["image"]}, "Who?"]
 
 
+def test_random_sends_the_sub_questions_of_the_model_anywhere(bases):
+    """The bases depend on seed and question alone; k, loop and sub-questions are the router's."""
+    rows = [{**QUESTION, "question": f"Who leads the capital of Kasten ({i})?"} for i in range(20)]
+
+    def run(rows, **options):
+        options = {"method": "random", "k": 1} | options
+        return scripted(bases, capital_then_mayor, **options)[1].run(rows)
+
+    def searches(trajectory):
+        steps = [step for step in trajectory.steps if step.kind == "answer"]
+        return [(step.query, *step.evidence) for step in steps]     # the query and its only base
+
+    done = run(rows)
+    chosen = []
+    for trajectory, routed in zip(done, run(rows, method="router"), strict=True):
+        queries = [query for query, _ in searches(trajectory)]
+        assert queries == ["What is the capital of Kasten?", "Who is mayor of Ortal?"]
+        assert queries == [query for query, _ in searches(routed)]
+        assert (trajectory.method, trajectory.retrievals) == ("random", 2)
+        assert (trajectory.model_calls, trajectory.answer) == (routed.model_calls, "Vesna")
+        chosen += [base for _, base in searches(trajectory)]
+    counts = [chosen.count(base) for base in BASES]
+    assert min(counts) >= 4 and sum(counts) == 40
+    assert [searches(t) for t in run(rows[::-1], batch_size=1)] == [searches(t) for t in done][::-1]
+    assert [searches(t) for t in run(rows, seed=1)] != [searches(t) for t in done]
+    # where the model names two bases there is one; its routes stay in the row, and are not scored
+    [trajectory] = scripted(bases, two_bases, method="random", several=True)[1].run([QUESTION])
+    assert trajectory.retrievals == 2
+    assert result_row(trajectory)["plan_1"]["retriever"] == ["Table Retriever", "Text Retriever"]
+    assert evaluate(done)["route_accuracy"] is None
+    with pytest.raises(ValueError, match="method random needs the knowledge base 'table'"):
+        scripted({name: bases[name] for name in ("text", "image")}, None, method="random")
+
+
 def test_iterative_finds_with_the_draft_what_the_question_alone_does_not(bases):
     def reply(prompt, g):
         evidence = prompt.split("table retriever:")[1]

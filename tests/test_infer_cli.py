@@ -337,6 +337,7 @@ def test_steps_of_the_command_line(noise_model, world, tmp_path, capsys, monkeyp
     (["--kb", "text={world}/kb/text"], "give --question or --eval"),
     (["--kb", "text={world}/kb/text", "--method", "text"], "give --eval FILE beside --kb"),
     (["--score", "{tmp}/missing.jsonl"], "missing.jsonl: cannot be read"),
+    (["--score", "{world}/questions.jsonl", "{tmp}/bad.jsonl"], "no llm_answer"),
     (["--prompts", "{tmp}/bad.jsonl", "--question", "Who?"], "bad.jsonl:1: not JSON"),
     (["--prompts", "{tmp}/other.json", "--question", "Who?"], "expected system prompts"),
     (["--model", "{tmp}", "--question", "Who?"], "config.json"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import train
-from parts.live import Live, askable, nearest_hops
+from parts.live import Live, askable, asked_last, nearest_hops, still_open
 from parts.steps import parse_step
 from parts.trajectory import Candidate, Step
 
@@ -97,6 +97,26 @@ def test_a_hop_is_closed_by_a_right_answer_to_it_in_any_order_and_wording():
     follow(live, answer_step("Rut"), 0.8)
     assert live.open_hops == []
     assert live.outputs[0].endswith("</ret>") and len(live.outputs) == 8
+
+
+def test_a_fact_may_lie_in_another_base():
+    """The text base does not say, the table base does. Who asks the text base is right with
+    "unknown", and the table is open then; who asks the table at once is done. Where neither says,
+    both are to be asked."""
+    usual = hop("capital of Bakdol", "unknown")
+    other = hop("capital of Bakdol", "Rut", "table")
+    hops = [usual, other]
+    assert asked_last(hops, ["Text Retriever"]) == [other, usual]
+    assert asked_last(hops, ["Table Retriever"]) == [usual, other]
+    assert asked_last(hops, ["Text Image Retriever"]) == hops
+    assert still_open(hops, usual) == [other] and still_open(hops, other) == []
+    nowhere = [usual, hop("capital of Bakdol", "unknown", "table")]
+    assert still_open(nowhere, nowhere[1]) == [usual]
+    live = live_question(hops)
+    follow(live, route_step("capital of Bakdol", "Text"), 0.9)
+    assert live.hop is usual
+    follow(live, answer_step("unknown"), 0.9)
+    assert live.open_hops == [other]
 
 
 def test_hops_that_can_be_asked_for_by_hand():

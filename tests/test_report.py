@@ -294,13 +294,15 @@ def test_rewards_of_a_trajectory_by_hand():
             hop("how old is ann?", "table retriever", "35")]
     judged = row("q", ["35"], "ann", plan("how old is ann?", TABLE, "36"),
                  plan("Who leads X?", TABLE, "ann"), plan("who leads X?", TEXT, "ann"),
-                 plan("None", "None"), hops=hops)
-    # 1 the second hop asked rightly, 1; its answer is wrong, so it stays open
+                 plan("how old is ann?", TABLE, "36"), plan("None", "None"), hops=hops)
+    # 1 nobody has found Ann so far, so it is measured by the first hop: 0
     # 2 right words, wrong base: 0.5; its answer closes the first hop
     # 3 that hop is closed, and neither words nor base are the second's: 0; what is its answer
     #   worth? nobody knows
-    # 4 a hop is open, so ending earns 0            final: "ann" is not "35"
-    assert totals(judged) == [(1.0, 0.0), (0.5, 1.0), (0.0, None), (0.0, None), (None, 0.0)]
+    # 4 the second hop asked rightly, 1; its answer is wrong, so it stays open
+    # 5 a hop is open, so ending earns 0            final: "ann" is not "35"
+    expected = [(0.0, None), (0.5, 1.0), (0.0, None), (1.0, 0.0), (0.0, None), (None, 0.0)]
+    assert totals(judged) == expected
 
 
 def test_ending_in_time_pays_and_unknown_hops_are_not_judged():

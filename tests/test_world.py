@@ -74,13 +74,11 @@ def test_same_seed_same_world_other_seed_other_world(tmp_path):
     assert photo.read_bytes() == (b / "photos" / photo.name).read_bytes()
 
 
-def test_without_the_depth_study_every_file_is_what_it_was(folder):
-    """The sum was computed with the code from before there were --rich and --peel; the shipped
-    weights depend on it."""
-    names = ("baselines", "compare", "copy", "describe", "fresh", "image", "questions", "steps",
-             "table", "text", "weak")
+def test_an_ordinary_world_is_what_it_was(folder):
+    """The sum was computed with the code from before there were dials; figures depend on it."""
+    names = ("image", "questions", "steps", "table", "text")
     data = b"".join((folder / f"{name}.jsonl").read_bytes() for name in names)
-    expected = "60b377da24c116872c56e2542d09a04cd215cbf00b14aa504a4df39f494e736d"
+    expected = "648a02d6828fad91472b0eafffa63206024bf3bfae310540f0ceb023f228e177"
     assert hashlib.sha256(data).hexdigest() == expected
     vocabularies = []
     for model in (folder.parent / "shell", ROOT / "weights" / "tiny"):
@@ -181,7 +179,7 @@ def test_a_peeled_thought_is_the_question_with_its_inside_answered(chain, though
         values.append(w.facts[move][values[-1]])
     assert q["answer"] == values[-1]
     for peel in (True, False):
-        steps = world.gold_steps(w, q, rng, peel)
+        steps = world.gold_steps(w, q, rng, peel=peel)
         written = [step["thought"] for step in steps if step["step_type"] == "ret"]
         expected = [thought.format(*values) for thought in thoughts]
         if not peel:
@@ -241,6 +239,108 @@ def test_a_world_with_more_relations_states_each_fact_in_the_base_of_its_move(tm
             fact = re.compile(rf"\b{name} [^A-Z]*{hop['answer']}\b")
             stated = [base for base in texts if any(map(fact.search, texts[base]))]
             assert stated == [BASE_OF[hop["retriever"]]], hop
+
+
+# ------------------------------------------------------------------------------------------ dials
+
+def dialled(out, *words):
+    """A world with dials: its questions and the texts of its bases."""
+    made("lab.world", "--seed", 3, "--countries", 100, "--questions", 390, *words, "--out", out)
+    return rows(out / "questions.jsonl"), texts_of(out)
+
+
+def stated_in(texts, hop, value):
+    """The bases with a passage that states this value of what a hop asks for."""
+    [name] = names_in(hop["query"])
+    fact = re.compile(rf"\b{name} [^A-Z\[]*(\[sep\] )?{value}\b")
+    return [base for base in ("text", "table") if any(map(fact.search, texts[base]))]
+
+
+def test_what_is_moved_is_found_in_the_other_base_and_only_there(tmp_path):
+    questions, texts = dialled(tmp_path, "--moved", 0.3)
+    moved = [question for question in questions if question["kind"] == "moved"]
+    assert 0.25 < len(moved) / len(questions) < 0.5
+    for question in questions:
+        hops = question["hops"]
+        assert hops[-1:] == [] or hops[-1]["answer"] != "unknown"
+        tries = [hop for hop in hops if hop["answer"] == "unknown"]
+        assert bool(tries) == (question["kind"] == "moved")
+        for hop in tries:                               # the usual base, then the other one
+            there = hops[hops.index(hop) + 1]
+            assert there["query"] == hop["query"] and there["retriever"] != hop["retriever"]
+            assert stated_in(texts, hop, there["answer"]) == [BASE_OF[there["retriever"]]]
+
+
+def test_what_is_unanswerable_stands_nowhere(tmp_path):
+    questions, texts = dialled(tmp_path, "--unanswerable", 0.2)
+    seen = 0
+    w = world.World("test", 3, 100, dials=world.Dials(unanswerable=0.2))
+    for question in questions:
+        unknown = question["kind"] == "unanswerable"
+        assert unknown == (question["answer"] == ["unknown"])
+        if unknown:
+            seen += 1
+            first, second = question["hops"][-2:]
+            assert first["query"] == second["query"] and first["retriever"] != second["retriever"]
+            [name] = names_in(first["query"])
+            [move] = [move for move in w.facts if world.MOVES[move].ask.format(name)
+                      == first["query"] and name in w.facts[move]]
+            assert stated_in(texts, first, w.facts[move][name]) == []
+    assert 0.15 < seen / len(questions) < 0.4
+
+
+def test_a_guessable_question_names_its_answer(tmp_path):
+    questions, _ = dialled(tmp_path, "--guessable", 0.5)
+    verdicts = []
+    for question in questions:
+        asked, _, options = question["question"].partition("? Is it ")
+        named = re.split(", | or ", options.strip("?"))
+        if question["kind"] == "yes-no":
+            [stated] = named
+            verdicts.append(question["answer"] == ["yes"])
+            assert (stated == question["hops"][-1]["answer"]) == verdicts[-1]
+        elif question["kind"] == "options":
+            assert len(set(named)) == 3 and question["answer"][0] in named
+            assert question["answer"] == [question["hops"][-1]["answer"]]
+        else:
+            assert not options
+    assert 0.35 < np.mean(verdicts) < 0.65
+    kinds = [question["kind"] for question in questions]
+    share = sum(kind in ("yes-no", "options") for kind in kinds) / len(kinds)
+    assert 0.35 < share < 0.5                           # half of what has a chain of moves
+
+
+def test_each_relation_has_a_wording_that_only_held_asks_in(tmp_path):
+    wordings = {}
+    for name in ("usual", "several", "held"):
+        questions, _ = dialled(tmp_path / name, "--wordings", name)
+        some = [question for question in questions if question["kind"] not in ("look", "compare")]
+        wordings[name] = {without_names(question["question"]) for question in some}
+    assert not wordings["held"] & (wordings["several"] | wordings["usual"])
+    assert wordings["usual"] < wordings["several"]
+    assert "Name the population of X." in wordings["several"] | wordings["held"]
+
+
+def test_numbers_of_history_and_evidence_go_beyond_those_of_two_hops(folder):
+    """Of trajectories with a history half begin at Answer1; there are 1 to 5 lines of evidence."""
+    first, lines = [], set()
+    for row in rows(folder / "fresh.jsonl"):
+        history = re.findall(r"Answer(\d):", row["steps"][-1]["problem"])
+        if history:
+            first.append(int(history[0]))
+            assert [int(number) - first[-1] for number in history] == list(range(len(history)))
+        for step in row["steps"]:
+            found = re.findall(r"t[eia]r-\d: ", step["problem"])
+            lines |= {len(found)} if found else set()
+    assert lines == {1, 2, 3, 4, 5} and set(first) == {1, 2, 3, 4, 5}
+    assert 0.35 < first.count(1) / len(first) < 0.65
+
+
+def test_a_wrong_base_does_not_say(folder):
+    for row in rows(folder / "absent.jsonl"):
+        [step] = row["steps"]
+        [name] = names_in(step["problem"].rsplit("Question: ", 1)[1])
+        assert step["answer"] == "unknown" and step["thought"].startswith(f"{name} no ")
 
 
 # --------------------------------------------------------------------------------- demonstrations
