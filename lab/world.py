@@ -219,6 +219,17 @@ def fact(move, entity, value, base):
         return f"{owner} has {move.need} {value}"
     return f"{owner} {move.need}[sep] {value}"
 
+def state(base, facts):
+    """Facts (move, entity, value) of one entity as passages of a base: a sentence each, or the rows
+    of one table, flattened as Open-WikiTable's are."""
+    texts = [fact(move, entity, value, base) for move, entity, value in facts]
+    if base != "table":
+        return [f"{text}." for text in texts]
+    rows = "".join(f"[Row] {text}" for text in texts)
+    title = MOVES[facts[0][0]].source if facts else ""
+    return [f"[Title] {title}[Header] fact[sep] value[Rows]{rows}"] if facts else []
+
+
 # ------------------------------------------------------------------------------------------- flags
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 60, 220), "green": (20, 160, 60),
@@ -390,14 +401,9 @@ class World:
         return places
 
     def passages(self, base, moves, entity):
-        """Those of an entity's facts that lie in the base, as its passages: a sentence each, or the
-        rows of one table, flattened as Open-WikiTable's are."""
-        facts = [fact(move, entity, self.facts[move][entity], base)
-                 for move in moves if self.places[move, entity] == base]
-        if base != "table":
-            return [f"{text}." for text in facts]
-        title, rows = MOVES[moves[0]].source, "".join(f"[Row] {text}" for text in facts)
-        return [f"[Title] {title}[Header] fact[sep] value[Rows]{rows}"] if facts else []
+        """Those of an entity's facts that lie in the base, as its passages."""
+        return state(base, [(move, entity, self.facts[move][entity]) for move in moves
+                            if self.places[move, entity] == base])
 
     def corpus(self, base):
         """Documents of a base: in the text base a passage has one fact, in the table base the facts
@@ -534,14 +540,18 @@ def ask_chain(chain, entity):
 
 def guessable(q, others, rng):
     """The question with its answer named: yes or no, or one of three; `others` are like it."""
-    answer = q["answer"]
     if rng.random() < 0.5:
-        stated = answer if rng.random() < 0.5 else rng.choice(others)
-        verdict = "yes" if stated == answer else "no"
-        return {**q, "question": f"{q['question']} Is it {stated}?", "answer": verdict,
-                "kind": "yes-no", "thought": f"{answer} is it {stated}"}
-    a, b, c = rng.sample([answer, *rng.sample(others, 2)], 3)
+        return yes_no(q, others, rng)
+    a, b, c = rng.sample([q["answer"], *rng.sample(others, 2)], 3)
     return {**q, "question": f"{q['question']} Is it {a}, {b} or {c}?", "kind": "options"}
+
+
+def yes_no(q, others, rng):
+    """The question whether its answer is what is stated: half of the time one of the others."""
+    stated = q["answer"] if rng.random() < 0.5 else rng.choice(others)
+    return {**q, "question": f"{q['question']} Is it {stated}?", "kind": "yes-no",
+            "answer": "yes" if stated == q["answer"] else "no",
+            "thought": f"{q['answer']} is it {stated}"}
 
 
 def make_hop(move, entity, value, base):
@@ -658,6 +668,11 @@ def baseline_steps(world, q, rng, k=2):
     return [ans_step(q["question"], evidence, q["answer"], thought, q["photo"])]
 
 
+def random_value(world, move, rng):
+    """A value that a move could lead to."""
+    return str(rng.randint(10, 99)) if MOVES[move].target == "number" else rng.choice(world.names)
+
+
 def copy_task(world, rng):
     """Practice in reading: facts in one order, said again in another, then one value.
 
@@ -666,25 +681,54 @@ def copy_task(world, rng):
     there = [move for move in MOVES if move in world.facts and move != "flag"]
     facts, evidence = [], []
     for move in rng.choices(there, k=rng.randint(2, 5)):
-        number = MOVES[move].target == "number"
-        value = str(rng.randint(10, 99)) if number else rng.choice(world.names)
-        facts.append((move, rng.choice(world.names), value))
-    texts = [MOVES[move].fact.format(entity, value) for move, entity, value in facts]
-    for i, (move, _, _) in enumerate(facts):
-        evidence.append(f"{PREFIX[MOVES[move].base]}-{i}: {texts[i]}.")
+        facts.append((move, rng.choice(world.names), random_value(world, move, rng)))
+    bases = [rng.choice((MOVES[move].base, "text", "table")) for move, _, _ in facts]
+    texts = [fact(*one, base) for one, base in zip(facts, bases)]
+    for i, base in enumerate(bases):
+        evidence.append(f"{PREFIX[base]}-{i}: {texts[i]}.")
     move, entity, value = rng.choice(facts)
     thought = " ".join(rng.sample(texts, len(texts)))
     return [ans_step(MOVES[move].ask.format(entity), evidence, value, thought, None, "copy")]
 
 
-def absent_task(world, rng):
-    """Practice in reading what a wrong base brings: it does not say."""
+def presence_task(world, rng):
+    """Practice in telling whether the evidence says it: half of the time it does, in the style of
+    any base. Around it are other facts of the entity, and the same one of others."""
+    there = [move for move in world.facts if move != "flag"]
+    base, move = rng.choice(("text", "text", "table", "table", "image")), rng.choice(there)
+    entity, *others = rng.sample(world.names, 5)
+    moves_of = {name: [rng.choice((move, rng.choice(there)))] for name in others}
+    alike = [name for name in there if MOVES[name].source == MOVES[move].source and name != move]
+    moves_of[entity] = rng.sample(alike, min(len(alike), rng.randint(0, 2)))
+    answer, thought, passages = UNKNOWN, make_hop(move, entity, UNKNOWN, base)["quote"], []
+    if base == "image":
+        passages = [f"{fact('flag', '', name, base)}." for name in moves_of]
+    elif rng.random() < 0.5:
+        moves_of[entity].append(move)
+        rng.shuffle(moves_of[entity])
+    for name, moves in moves_of.items() if base != "image" else ():
+        facts = [(one, name, random_value(world, one, rng)) for one in moves]
+        passages += state(base, facts)
+        for one in facts:
+            if one[:2] == (move, entity):
+                _, _, answer = one
+                thought = fact(*one, base)
+    k = rng.choice(EVIDENCE_LINES)
+    stated = [passage for passage in passages if thought in passage]
+    rng.shuffle(passages)
+    lines = (stated + [passage for passage in passages if passage not in stated])[:k]
+    evidence = [f"{PREFIX[base]}-{i}: {line}" for i, line in enumerate(rng.sample(lines, len(lines)))]
+    return [ans_step(MOVES[move].ask.format(entity), evidence, answer, f"{thought} {answer}", None)]
+
+
+def verdict_task(world, rng):
+    """Practice in saying yes or no: the last step of a question that states its answer."""
     move = rng.choice([move for move in world.facts if move != "flag"])
-    entity = rng.choice(list(world.facts[move]))
-    base = rng.choice([base for base in RETRIEVERS if base != world.places[move, entity]])
-    hop = make_hop(move, entity, UNKNOWN, base)
-    evidence = world.evidence(base, hop["query"], rng, rng.choice(EVIDENCE_LINES))
-    return [ans_step(hop["query"], evidence, UNKNOWN, f"{hop['quote']} {UNKNOWN}", None)]
+    value, other = random_value(world, move, rng), random_value(world, move, rng)
+    entity = rng.choice(world.names)
+    hop = make_hop(move, entity, value, MOVES[move].base)
+    q = {"question": hop["query"], "answer": value, "photo": None}
+    return [final_step(yes_no(q, [other], rng), [(hop["query"], value)])]
 
 
 def compare_task(world, rng):
@@ -697,7 +741,7 @@ def compare_task(world, rng):
 
 # Deeper questions and other -k have numbers that the questions to train on seldom reach: a label
 # like "Answer3:" is one token, which a model that never saw it cannot read.
-EVIDENCE_LINES = (1, 2, 2, 2, 3, 4, 5)
+EVIDENCE_LINES = (1, 2, 2, 2, 3, 4, 5, 5)
 LABEL = re.compile(r"(Sub-question|Answer)(\d):")
 
 
@@ -793,7 +837,7 @@ def choose_kinds(kinds, names, hops, compositions):
 # of a world, by folder
 PICTURES = {"flags": r"\d+\.png", "photos": r"\d+-\d\.jpg", "practice": r"\d+\.jpg"}
 PRACTICE_FILES = ("fresh", "weak", "baselines", "describe", "copy", "compare",
-                  "absent")
+                  "presence", "verdict")
 
 
 def make_room(out):
@@ -888,7 +932,8 @@ def write_practice(out, world, rows, seed, amount, peel=False):
     write_lines(out / "describe.jsonl", descriptions())
     write_lines(out / "copy.jsonl", practised(copy_task, 3 * amount))
     write_lines(out / "compare.jsonl", practised(compare_task, amount))
-    write_lines(out / "absent.jsonl", practised(absent_task, amount))
+    write_lines(out / "presence.jsonl", practised(presence_task, 3 * amount))
+    write_lines(out / "verdict.jsonl", practised(verdict_task, 3 * amount))
 
 
 # ------------------------------------------------------------------------------------ command line
