@@ -74,7 +74,7 @@ class Scale:
     validations: int = 8            # of a training, of which the best chooses the checkpoint
     seeds: tuple = (0, 1, 2)
     flags: tuple = ()               # more options of every grpo training
-    few: bool = False               # of each part but the main one only the first and the last job
+    few: bool = False               # of each part but the main one only the last job
 
 
 QUICK = Scale(name="study-quick", steps=2, train=39, val=13, test=26, countries=40, sizes=(13, 26),
@@ -198,14 +198,14 @@ def plan(scale):
             if tag != "-wrong" or name in (SFT, BARE, STEP):    # the others read no routes
                 train("annotation", name, scale.short, tag=tag)
     for share in RIGHT_STEPS:
+        ask("axis", "start", f"start-{share}", flags=("--temperature", 1))
         for name in (SFT, STEP, STATE):
             train("axis", name, scale.short, start=f"start-{share}")
-        ask("axis", "start", f"start-{share}", flags=("--temperature", 1))
     for name in DEPTH:
         jobs += [Job("depth", name, seed, "depth", scale.deep_steps / 400) for seed in seeds]
+    ask("next", "start", "three hops", setting="four hops")
     for name in (SFT, STEP, STATE):
         train("next", name, scale.short, setting="four hops", start="three hops")
-    ask("next", "start", "three hops", setting="four hops", flags=("--max-steps", 6))
     for name, flags in ABLATION.items():
         train("ablation", name, scale.short, flags=flags)
     for updates in (0, 25, 75, 165):
@@ -220,7 +220,7 @@ def few_of(jobs):
     few = [job for job in jobs if job.part == "main"]
     for part in PARTS:
         own = [job for job in jobs if job.part == part != "main"]
-        few += own[:1] + own[-1:] if own else []
+        few += own[-1:]
     return few
 
 
@@ -426,9 +426,8 @@ def depth(job, scale):
     out = folder_of(job, scale)
     commands = [deeper(job, scale)]
     for more in deep_tests(options).values():
-        for method in ("router", "oracle"):
-            commands.append(test(job, out / "last", scale, deep(scale, "test", options, more),
-                                 "--method", method, "--max-steps", 6))
+        home = deep(scale, "test", options, more)
+        commands.append(test(job, out / "last", scale, home, "--method", "router", "oracle"))
     return commands
 
 
@@ -481,13 +480,10 @@ def tests(job, model, scale, *more):
 
 
 def test(job, model, scale, home, *more):
-    name = Path(home).name
-    if "--method" in more:
-        name += f"-{more[more.index('--method') + 1]}"
-    if job.setting == "four hops" and "--max-steps" not in more:
+    if job.setting == "four hops" or job.kind == "depth":
         more = (*more, "--max-steps", 6)
     return command("infer.py", "--model", model, "--world", home, "--threads", 1, *more,
-                   "--out", f"{folder_of(job, scale)}.{name}.jsonl", "--json")
+                   "--out", f"{folder_of(job, scale)}.{Path(home).name}.jsonl", "--json")
 
 
 KINDS = {"train": train, "depth": depth, "eval": evaluate, "steps": steps}
@@ -565,8 +561,8 @@ def run_one(words, log):
 
 
 def run(job, scale):
-    """Runs a job's commands one after the other; the last line of a test is its result. Returns the
-    job's row."""
+    """Runs a job's commands one after the other; a test prints a result for each of its methods.
+    Returns the job's row."""
     commands, seconds, results, out = commands_of(job, scale), 0.0, {}, folder_of(job, scale)
     (HERE / out if is_rejection(job) else HERE / out.parent).mkdir(parents=True, exist_ok=True)
     for words in commands:
@@ -575,14 +571,17 @@ def run(job, scale):
         output, used = run_one(words, Path(f"{out}.log"))
         seconds += used
         if "--json" in words:
-            result = json.loads(output.strip().splitlines()[-1])
             file = Path(words[words.index("--out") + 1])
-            name = file.name.removeprefix(f"{out.name}.").removesuffix(".jsonl")
-            results[name] = {**result, **summary_of_test(rows_of(file))}
-            if job.kind == "steps":
-                results[name]["steps"] = summary_of_steps(rows_of(file))
+            home = file.name.removeprefix(f"{out.name}.").removesuffix(".jsonl")
+            for line in output.splitlines():
+                result = json.loads(line)
+                rows = [row for row in rows_of(file) if row["method"] == result["method"]]
+                results[f"{home} {result['method']}"] = {**result, **summary_of_test(rows)}
+                if job.kind == "steps":
+                    results[f"{home} {result['method']}"]["steps"] = summary_of_steps(rows)
     method = METHODS.get(STEP if job.part == "ablation" else job.name)
-    return {**asdict(job), "needs": method.needs if method else "-", "fingerprint": fingerprint(job, scale),
+    return {**asdict(job), "needs": method.needs if method else "-",
+            "fingerprint": fingerprint(job, scale),
             "commands": [" ".join(words[1:]) for words in commands], **machine(),
             "finished": time.strftime("%Y-%m-%d"), "cpu_seconds": round(seconds),
             "curve": curve(job, scale), "routes": routes(out / "log.jsonl"), "tests": results}

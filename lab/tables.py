@@ -31,7 +31,8 @@ def write_tables(rows, out, page=None):
 
 def sections(rows, out):
     """Everything that the pages show of the rows: {name of the place: text}."""
-    parts = {"main": main_table, "pairs": pairs_table, "kinds": kinds_table, "rates": rates_table,
+    parts = {"main": main_table, "main in short": short_table, "pairs": pairs_table,
+             "kinds": kinds_table, "rates": rates_table,
              "dials": dials_table, "dial pairs": dial_pairs, "annotation": annotation_table,
              "axis": axis_table, "depth": depth_table, "next": next_table,
              "ablation": ablation_table, "steps": steps_table, "cost": cost_table}
@@ -182,6 +183,16 @@ def main_table(rows):
                       f"({average(scores(some, 'gold_retrievals'), '.2f')})",
                       f"{kind} {low:.2f}", *cost])
     return table(header, cells)
+
+
+def short_table(rows):
+    """The main table for the README."""
+    cells = []
+    for (name,), some in lines_of(rows["main"], "name").items():
+        cells.append([name, some[0]["needs"], spread(scores(some)),
+                      average(scores(some, "route_accuracy")),
+                      average(scores(some, "retrievals"), ".2f")])
+    return table(["", "needs", "F1-Recall, mean ± sd (each seed)", "routing", "retrievals"], cells)
 
 
 def updates(row):

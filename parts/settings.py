@@ -78,8 +78,8 @@ class GrpoOptions(TrainOptions):
                          choices=("random", "best"))
     match: float = option(0.9, "online: how similar to an open gold hop a sub-question must be to "
                           "stand for it")
-    ready: bool = option(True, "online: measure a sub-question by those open hops alone that can be "
-                         "asked for by now; else a later hop with an invented name pays")
+    ready: bool = option(True, "online: measure a sub-question by those open hops alone that can "
+                         "be asked for by now; else a later hop with an invented name pays")
     open_questions: int = option(160, "online: trajectories that are under way at once", least=1)
     k: int = option(2, "online, outcome: passages of evidence", least=1)
     max_steps: int = option(4, "online, outcome: sub-questions at most", least=1)
