@@ -63,7 +63,7 @@ weights: .venv/ready
 	$(RUN) -m lab.world --split train --seed $(SEED) --questions 13000 --practice 3000 $(DIALS) --out data/sft --shell data/shell
 	$(RUN) -m lab.world --split val --seed $(SEED) --questions 260 --out data/val-sft
 	$(MAKE) --jobs 2 runs/tiny runs/tiny-warm
-	$(RUN) train.py export --run runs/tiny --out weights/tiny
+	$(RUN) train.py export --run runs/tiny --which last --out weights/tiny
 	$(RUN) train.py export --run runs/tiny-warm --which last --out weights/tiny-warm
 
 .PHONY: runs/tiny runs/tiny-warm

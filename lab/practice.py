@@ -1,8 +1,8 @@
-"""What the tiny models of the embedded world are trained on: gold and weak demonstrations with fresh
-names, baselines, and practice tasks, as step files.
+"""What the tiny models of the embedded world are trained on, as step files: gold and weak
+demonstrations with fresh names, baselines, and practice tasks.
 
-    world, its questions -> steps with fresh names       -> fresh.jsonl, weak.jsonl, baselines.jsonl
-    world                -> single steps of one skill    -> copy, presence, verdict, compare, describe
+    world, its questions -> steps with fresh names    -> fresh, weak, baselines
+    world                -> single steps of one skill -> copy, presence, verdict, compare, describe
 
 What all of it is for: docs/world.md.
 """
@@ -11,8 +11,8 @@ import random
 import re
 
 from lab.world import (MOVES, NAME, RETRIEVERS, ans_step, compare_question, describe, fact,
-                       final_step, gold_steps, look_question, make_hop, random_flag, state, step_row,
-                       take_photo, write_lines, yes_no)
+                       final_step, gold_steps, look_question, make_hop, random_flag, state,
+                       step_row, take_photo, write_lines, yes_no)
 from parts.steps import PREFIX, UNKNOWN
 
 
