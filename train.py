@@ -307,11 +307,26 @@ class Online:
             self.search([live])
         return live
 
-    def new_question(self, rng):
-        """Questions are drawn so that first steps, too, are even over the routes."""
-        pool = range(len(self.rows))
-        if self.o.balance:
-            pool = self.by_first_base[rng.choice(sorted(self.by_first_base))]
+    def open_questions(self, rng):
+        """Opens questions, even over their first bases, until enough are under way.
+
+        Where prompts are balanced, none of these bases may run out of first steps, or the others
+        vote it down in a few updates: what it lacks is opened, and the oldest questions make room.
+        """
+        o, bases = self.o, sorted(self.by_first_base)
+        labels = [live.label() for live in self.under_way if live.golds()]
+        for base in bases if o.balance else ():
+            for _ in range(o.prompts // len(bases) - labels.count(base)):
+                self.under_way.append(self.new_question(self.by_first_base[base], rng))
+        while len(self.under_way) < o.open_questions:
+            pool = range(len(self.rows))
+            if o.balance:
+                pool = self.by_first_base[rng.choice(bases)]
+            self.under_way.append(self.new_question(pool, rng))
+        self.under_way = self.under_way[-o.open_questions:]
+
+    def new_question(self, pool, rng):
+        """A question of those with these numbers; kinds that are always solved are rare."""
         some = rng.sample(pool, min(4, len(pool)))
         [number] = self.interest.choose(some, 1, self.first_key, rng)
         return self.start(number)
@@ -323,8 +338,7 @@ class Online:
 
     def groups(self, rng):
         o = self.o
-        while len(self.under_way) < o.open_questions:
-            self.under_way.append(self.new_question(rng))
+        self.open_questions(rng)
         with_golds = [live for live in self.under_way if live.golds()]
         chosen = balanced(o, with_golds, Live.key, self.interest, rng)
         # of the others, routing steps wait, and the rest go on with one output, without training

@@ -39,7 +39,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
-from lab.scores import summary_of_steps, summary_of_test
+from lab.scores import rows_of, summary_of_steps, summary_of_test
 from lab.tables import write_tables
 from lab.world import RETRIEVERS, write_lines
 from plumbing.files import checksum, point, run_command
@@ -599,14 +599,6 @@ def choose_round(out, scale):
             if "validation" in row:
                 best[i] = max(best.get(i, 0), row["validation"]["f1_recall"])
     point(out / "best", f"round-{max(best, key=best.get)}/best")
-
-
-def rows_of(path):
-    """The rows of a JSONL file that a run or a plan has written; none where there is no file."""
-    if not path.is_file():
-        return []
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 CURVES = ("f1_recall", "route_accuracy", "retrievals", "malformed")

@@ -3,11 +3,21 @@
     result rows -> summary_of_test: which answers are right, abstention, latency
                 -> summary_of_steps: what the rewards of steps say of the final answer
 """
+import json
+
 import numpy as np
 
 from parts.questions import golds_of, predicted
 from parts.score import answer_scores, exact_match
 from parts.steps import UNKNOWN
+
+
+def rows_of(path):
+    """The rows of a JSONL file that a run or a plan has written; none where there is no file."""
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def summary_of_test(rows):

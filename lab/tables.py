@@ -10,6 +10,7 @@ from statistics import mean, stdev
 import numpy as np
 
 from lab.curves import COLOURS, Run, draw_curves
+from lab.scores import rows_of
 from parts.evaluate import paired
 from plumbing.files import write_text
 
@@ -43,6 +44,7 @@ def sections(rows, out):
         except LookupError:                             # a part of the study that was not run yet
             texts[name] = "(not run yet)"
     texts["goals"] = goal_table(rows)
+    texts["speed"] = speeds(rows_of(out / "bench.jsonl"))
     return texts
 
 
@@ -390,6 +392,29 @@ def cost_table(rows):
         cells.append(line)
     return table(["", "F1-Recall", "model calls", "searches", "tokens read", "written",
                   "model ms, p50 / p95", "search ms", "both"], cells)
+
+
+def speeds(lines):
+    """The JSON lines of lab.bench -> a table, a line a figure; of a figure measured twice the later
+    one."""
+    latest = {}
+    for line in lines:
+        for part, figures in line["figures"].items():
+            for name, figure in figures.items():
+                latest[part, name] = figure, line["command"]
+    rows = []
+    for (_, name), (figure, bench) in latest.items():
+        value, against, goal = figure["value"], "", ""
+        if "ratio" in figure:
+            against = f"{figure['ratio']:.2f} × {figure['peer']}"
+        if "rounds" in figure:
+            against += " ({:.2f} to {:.2f})".format(*figure["rounds"])
+        if "goal" in figure:
+            goal = figure["goal"].replace(">=", "at least").replace("<=", "at most")
+            goal += "" if figure["met"] else ": missed"
+        number = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        rows.append([f"`{bench}`", name, f"{number} {figure['unit']}", against, goal])
+    return table(["command", "what", "ours", "against: median (rounds)", "goal"], rows)
 
 
 # ------------------------------------------------------------------------------------------ goals

@@ -346,48 +346,65 @@ def test_the_arithmetic_of_the_states():
 
 # ------------------------------------------------------------------ what the results say
 
-def shown(scores):
-    """The scores of seeds as the tables show them."""
-    each = " / ".join(f"{score:.3f}" for score in scores)
-    return f"{mean(scores):.3f} ± {stdev(scores):.3f} ({each})"
+def shown(score):
+    """A score over seeds as the tables show it."""
+    if score["sd"] is None:
+        return f"{score['mean']:.3f}"
+    each = " / ".join(f"{value:.3f}" for value in score["seeds"])
+    return f"{score['mean']:.3f} ± {score['sd']:.3f} ({each})"
 
 
 def table_rows(text):
     return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
 
 
-def study():
-    """The parts of docs/results.md that are about the study, and the README's, by heading."""
-    text = RESULTS[RESULTS.index("## What is annotation"):RESULTS.index("## The supervised model")]
-    parts = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
-    parts["README"] = README[README.index("## Results"):README.index("### Not reproduced")]
-    return parts
+def test_tables_show_the_stored_results():
+    """Every configuration in results/before/summary.json, in docs; the main ones in README as in docs."""
+    summary = json.loads((ROOT / "results" / "before" / "summary.json").read_text())
+    in_docs = table_rows(RESULTS)
+    for part in ("main", "collapse", "ablation", "cost"):
+        for name, scores in summary[part].items():
+            assert [name, shown(scores["f1_recall"])] in [row[:2] for row in in_docs], name
+    in_readme = {row[0]: row for row in table_rows(README) if row[0] in summary["main"]}
+    assert list(in_readme) == list(dict.fromkeys(["Step-GRPO", *summary["main"]]))
+    for name, scores in summary["main"].items():
+        full = next(row for row in in_docs if row[:2] == [name, shown(scores["f1_recall"])])
+        cells = in_readme[name]
+        assert cells[1] == shown(scores["f1_recall"])
+        assert cells[2] == f"{scores['route_accuracy']['mean']:.3f}"
+        assert cells[4] == f"{scores['worst_kind'][1]} {scores['worst_kind'][0]:.3f}"
+        assert all(cell in full for cell in cells), name
 
 
-@pytest.mark.parametrize("heading", list(study()))
-def test_every_score_in_prose_stands_in_a_table_of_its_section(heading):
-    """The tables are made of the rows (tests/test_experiment.py)."""
-    number = re.compile(r"\b[01]\.\d{3}\b")
-    tables, prose = set(number.findall(RESULTS)) if heading == "README" else set(), []
-    for line in study()[heading].splitlines():
-        if line.startswith("|"):
-            tables.update(number.findall(line))
-        else:
-            prose += number.findall(line)
-    assert set(prose) <= tables
+def test_credit_by_state_and_by_trajectory_are_the_stored_rows():
+    rows = [json.loads(line) for line in (ROOT / "results" / "before" / "credit.jsonl").open()]
+    in_docs = {row[0]: row[1:] for row in table_rows(RESULTS)}
+    means = {}
+    for credit in ("state", "trajectory"):
+        some = [row for row in rows if row["credit"] == credit]
+        scores = [row["test"]["f1_recall"] for row in some]
+        means[credit] = {"mean": mean(scores), "sd": stdev(scores), "seeds": scores}
+        cells = in_docs[f"by {credit}"]
+        assert cells[0] == shown(means[credit])
+        assert cells[1] == f"{mean(row['test']['route_accuracy'] for row in some):.3f}"
+        assert cells[3] == " / ".join(str(row["updates"]) for row in some)
+        assert len(some) == 3 and all(row["seconds"] < 370 for row in some)
+        assert shown(means[credit]) in " ".join(README.split())
+    assert means["state"]["mean"] >= 0.95
 
 
 def test_the_headline_is_what_was_measured():
     """Of make train, three seeds: before and after on 520 questions."""
     before, *rows = [json.loads(line) for line in (ROOT / "results" / "train.jsonl").open()]
     scores = [row["test"]["f1_recall"] for row in rows]
+    after = {"mean": mean(scores), "sd": stdev(scores), "seeds": scores}
     start = before["test"]["f1_recall"]
     assert [row["seed"] for row in rows] == [0, 1, 2]
     assert all(row["test"]["n"] == 520 for row in (before, *rows))
     prose = " ".join(README.split())
-    assert f"from {start:.2f} to {mean(scores):.2f} F1-Recall" in prose
-    assert f"({start:.3f} to {mean(scores):.3f} ± {stdev(scores):.3f}, three seeds" in prose
-    assert shown(scores) in prose and "520 questions" in prose
+    assert f"from {start:.2f} to {after['mean']:.2f} F1-Recall" in prose
+    assert f"({start:.3f} to {after['mean']:.3f} ± {after['sd']:.3f}, three seeds" in prose
+    assert shown(after) in prose and "520 questions" in prose
     options = re.search(r"train\.py (grpo .*) --seed", (ROOT / "Makefile").read_text())[1]
     assert all(options in row["commands"][0].replace(" --clock cpu", "") for row in rows)
 

@@ -422,6 +422,28 @@ def test_outcome_groups_by_hand(credit, alone):
     assert run_.state["interest"] == {"a": pytest.approx(1), "b": pytest.approx(1)}
 
 
+def test_no_base_runs_out_of_first_steps():
+    """Twelve questions are under way, all at their second step: each of the three first bases gets
+    the share of six prompts, two, and the oldest questions make room."""
+    bases = ("text retriever", "text image retriever", "table retriever")
+    rows = []
+    for i in range(30):
+        rows.append({"hops": [{"query": str(i), "retriever": bases[i % 3], "answer": "x"}]})
+    run_ = SimpleNamespace(state={}, generator=None, now=lambda: 0.0)
+    router = SimpleNamespace(bases={"text": SimpleNamespace(encoder=None)}, prompts={},
+                             open=lambda serial, row: SimpleNamespace(
+                                 request=SimpleNamespace(kind="route")))
+    source = train.Online(train.GrpoOptions(prompts=6, open_questions=12), run_, router, rows)
+    source.open_questions(random.Random(0))
+    first = list(source.under_way)
+    assert len(first) == 12 and all(live.open_hops for live in first)
+    for live in first:
+        live.open_hops = []
+    source.open_questions(random.Random(1))
+    assert len(source.under_way) == 12 and source.under_way[:6] == first[6:]
+    assert sorted(live.label() for live in source.under_way[6:]) == sorted(2 * bases)
+
+
 @pytest.mark.parametrize("follow", ["best", "random"])
 def test_which_candidate_is_followed(follow):
     """Of four candidates the third alone is right: best always goes on with it, random does so
