@@ -307,16 +307,18 @@ class Online:
             self.search([live])
         return live
 
-    def open_questions(self, rng):
+    def fill_up(self, rng):
         """Opens questions, even over their first bases, until enough are under way.
 
-        Where prompts are balanced, none of these bases may run out of first steps, or the others
-        vote it down in a few updates: what it lacks is opened, and the oldest questions make room.
+        Where prompts are balanced, each base that questions begin with gets its share of routing
+        steps: what is missing is opened, and the oldest questions make room. A base without
+        prompts of its own is voted down by the groups of the others within a few updates.
         """
         o, bases = self.o, sorted(self.by_first_base)
         labels = [live.label() for live in self.under_way if live.golds()]
+        share = min(o.prompts, o.open_questions) // len(bases)
         for base in bases if o.balance else ():
-            for _ in range(o.prompts // len(bases) - labels.count(base)):
+            for _ in range(share - labels.count(base)):
                 self.under_way.append(self.new_question(self.by_first_base[base], rng))
         while len(self.under_way) < o.open_questions:
             pool = range(len(self.rows))
@@ -338,7 +340,7 @@ class Online:
 
     def groups(self, rng):
         o = self.o
-        self.open_questions(rng)
+        self.fill_up(rng)
         with_golds = [live for live in self.under_way if live.golds()]
         chosen = balanced(o, with_golds, Live.key, self.interest, rng)
         # of the others, routing steps wait, and the rest go on with one output, without training

@@ -10,8 +10,8 @@ import math
 import random
 import re
 
-from lab.world import (MOVES, NAME, RETRIEVERS, ans_step, compare_question, describe, fact,
-                       final_step, gold_steps, look_question, make_hop, random_flag, state,
+from lab.world import (MOVES, NAME, RETRIEVERS, ans_step, as_passages, as_text, compare_question,
+                       describe, final_step, gold_steps, look_question, make_hop, random_flag,
                        step_row, take_photo, write_lines, yes_no)
 from parts.steps import PREFIX, UNKNOWN
 
@@ -19,12 +19,15 @@ from parts.steps import PREFIX, UNKNOWN
 # Deeper questions and other -k have numbers that the questions to train on seldom reach: a label
 # like "Answer3:" is one token, which a model that never saw it cannot read.
 EVIDENCE_LINES = (1, 2, 2, 2, 3, 4, 5, 5)
-LABEL = re.compile(r"(Sub-question|Answer)(\d):")
+LABEL = re.compile(r"(Sub-question|Answer)(\d+):")
+LABELS = 9                  # that are one token (lab/tiny.py)
 
 
 def later_numbers(steps, rng):
     """The same steps, in every second trajectory with a history that begins at 2 to 5."""
     shift = rng.choice((0, 0, 0, 0, 1, 2, 3, 4))
+    numbers = [int(number) for step in steps for _, number in LABEL.findall(step["problem"])]
+    shift = max(0, min(shift, LABELS - max(numbers, default=0)))
 
     def later(match):
         return f"{match[1]}{int(match[2]) + shift}:"
@@ -123,7 +126,7 @@ def copy_task(world, rng):
     facts, evidence = [], []
     for move in rng.choices(there, k=rng.randint(2, 5)):
         facts.append((move, rng.choice(world.names), random_value(world, move, rng)))
-    texts = [fact(*one, MOVES[one[0]].base) for one in facts]
+    texts = [as_text(*one, MOVES[one[0]].base) for one in facts]
     for i, (move, _, _) in enumerate(facts):
         evidence.append(f"{PREFIX[MOVES[move].base]}-{i}: {texts[i]}.")
     move, entity, value = rng.choice(facts)
@@ -132,8 +135,8 @@ def copy_task(world, rng):
 
 
 def presence_task(world, rng):
-    """Practice in telling whether the evidence says it: half of the time it does. Around it are
-    other facts of the entity, and the same one of others.
+    """Practice in telling whether the evidence says it: a little less than half of the time it
+    does. Around it are other facts of the entity, and the same one of others.
 
     Mostly the base is the usual one. If any base were as good, a model would unlearn which relation
     belongs to which base, and a weak start from which routes cannot be learned is too weak.
@@ -152,13 +155,13 @@ def presence_task(world, rng):
     answer, quote, passages = UNKNOWN, make_hop(move, entity, UNKNOWN, base)["quote"], []
     for name, moves in moves_of.items():
         if base == "image":
-            passages += state(base, [("flag", "", name)])
+            passages += as_passages(base, [("flag", "", name)])
             continue
         facts = [(one, name, random_value(world, one, rng)) for one in moves]
-        passages += state(base, facts)
+        passages += as_passages(base, facts)
         for one, _, value in facts:
             if (one, name) == (move, entity):
-                answer, quote = value, fact(move, entity, value, base)
+                answer, quote = value, as_text(move, entity, value, base)
 
     k = rng.choice(EVIDENCE_LINES)
     saying = [passage for passage in passages if quote in passage]

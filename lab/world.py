@@ -209,8 +209,8 @@ RETRIEVERS = {base: name.lower() for base, name in ROUTES.items()}
 OTHER_BASE = {"text": "table", "table": "text"}     # where the facts of a base can be moved to
 
 
-def fact(move, entity, value, base):
-    """A fact as a passage of that base states it; where it is not the usual one, in its style."""
+def as_text(move, entity, value, base):
+    """A fact as a passage of that base states it: as usual, or in the style of the other base."""
     move = MOVES[move]
     if base == move.base:
         return move.fact.format(entity, value)
@@ -219,10 +219,10 @@ def fact(move, entity, value, base):
         return f"{owner} has {move.need} {value}"
     return f"{owner} {move.need}[sep] {value}"
 
-def state(base, facts):
+def as_passages(base, facts):
     """Facts (move, entity, value) of one entity as passages of a base: a sentence each, or the rows
     of one table, flattened as Open-WikiTable's are."""
-    texts = [fact(move, entity, value, base) for move, entity, value in facts]
+    texts = [as_text(move, entity, value, base) for move, entity, value in facts]
     if base != "table":
         return [f"{text}." for text in texts]
     rows = "".join(f"[Row] {text}" for text in texts)
@@ -321,10 +321,11 @@ class Dials:
                                  f"answer is {UNKNOWN!r}", most=0.5)
     moved: float = option(0.0, "share of the facts of text and tables that lie in the other of the "
                           "two bases", most=0.5)
-    guessable: float = option(0.0, "share of the questions that name their answer: yes or no, or "
-                              "one of three", most=1)
-    wordings: str = option("usual", "of the questions: usual; several, one more for each relation "
-                           "is held out; held, that one", choices=("usual", "several", "held"))
+    guessable: float = option(0.0, "share of the questions with look-ups and a known answer that "
+                              "name it: yes or no, or one of three", most=1)
+    wordings: str = option("usual", "of questions with look-ups: usual; several: each relation in "
+                           "two more; held: in one that several never uses",
+                           choices=("usual", "several", "held"))
 
 
 class World:
@@ -350,6 +351,11 @@ class World:
         self.flags = {country: random_flag(self.rng) for country in self.countries}
         self.corpora = {base: self.corpus(base) for base in RETRIEVERS}
         self.mentions = {base: {} for base in RETRIEVERS}   # base -> name -> passages that have it
+        populations = {self.facts["population"][country] for country in self.countries
+                       if self.places["population", country] == "table"}
+        if not all(self.corpora.values()) or len(populations) < 2:
+            raise ValueError(f"--countries {countries}: too few for a world with these dials: a "
+                             "base is empty, or no two populations can be compared")
         for base, docs in self.corpora.items():
             for doc in docs:
                 for name in set(NAME.findall(doc["text"])):
@@ -402,7 +408,7 @@ class World:
 
     def passages(self, base, moves, entity):
         """Those of an entity's facts that lie in the base, as its passages."""
-        return state(base, [(move, entity, self.facts[move][entity]) for move in moves
+        return as_passages(base, [(move, entity, self.facts[move][entity]) for move in moves
                             if self.places[move, entity] == base])
 
     def corpus(self, base):
@@ -508,7 +514,7 @@ class World:
         if self.dials.wordings == "usual":
             return ask_chain(chain, entity)
         move, owner = MOVES[chain[-1]], entity
-        held = list(MOVES).index(chain[-1]) % len(WORDINGS)
+        held = [one.need for one in MOVES.values()].index(move.need) % len(WORDINGS)
         others = [wording for i, wording in enumerate(WORDINGS) if i != held]
         if move.source in ("photo", "cup"):
             owner = "this flag" if move.source == "photo" else f"the {entity} cup"
@@ -547,7 +553,7 @@ def guessable(q, others, rng):
 
 
 def yes_no(q, others, rng):
-    """The question whether its answer is what is stated: half of the time one of the others."""
+    """The question, asking whether its answer is a stated value: half of the time it is."""
     stated = q["answer"] if rng.random() < 0.5 else rng.choice(others)
     return {**q, "question": f"{q['question']} Is it {stated}?", "kind": "yes-no",
             "answer": "yes" if stated == q["answer"] else "no",
@@ -558,7 +564,7 @@ def make_hop(move, entity, value, base):
     """One look-up: its sub-question, base and answer, what it is called, and the fact that its
     evidence states, or that it states none."""
     need = MOVES[move].need
-    quote = f"{entity} no {need}" if value == UNKNOWN else fact(move, entity, value, base)
+    quote = f"{entity} no {need}" if value == UNKNOWN else as_text(move, entity, value, base)
     return {"query": MOVES[move].ask.format(entity), "base": base, "answer": value, "need": need,
             "quote": quote}
 
@@ -790,8 +796,8 @@ def command(words):
     out = Path(o.out or "data/world")
     kinds = choose_kinds(RICH_KINDS if o.rich else KINDS, o.kinds, o.hops, o.compositions)
     countries = o.countries or (1200 if o.split == "train" else 300)
-    world, rows = write_world(out, o.split, o.seed, o.questions, countries, kinds, o, o.rich,
-                              o.peel)
+    world, rows = write_world(out, o.split, o.seed, o.questions, countries, kinds, dials=o,
+                              rich=o.rich, peel=o.peel)
     if o.practice:
         from lab.practice import write_practice     # here, since practice.py reads this file
         write_practice(out, world, rows, o.seed, o.practice, o.peel)

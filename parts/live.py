@@ -1,10 +1,11 @@
 """A question under way: where its trajectory stands, and by which gold hops it is judged.
 
 A gold hop is {"query", "retriever", "answer"}. It is open until it was asked for and answered
-rightly. Open hops may be asked for in any order and wording: a sub-question stands for the open hop
+rightly, and while nothing it names is still to be found by a hop before it. Open hops may be asked
+for in any order and wording: a sub-question stands for the open hop
 that is nearest to it in meaning, if it is near enough.
 
-A fact may lie in one of several bases: then there is a hop for each base to look in, with the same
+A fact may lie in one of several bases. Then there is a hop for each base to look in, with the same
 query, and the answer "unknown" where it is not.
 """
 import re
@@ -110,14 +111,14 @@ def route_golds(hops):
 
 
 def askable(hops):
-    """The open hops that can be asked for by now: no answer that another one has yet to find is
+    """The open hops that can be asked for by now: no answer that one before them has yet to find is
     part of their query. Who asks for such an answer all the same has made it up."""
     free = []
-    for hop in hops:
-        others = [other for other in hops if other is not hop]
-        if not any(names(hop["query"], str(other["answer"])) for other in others):
+    for i, hop in enumerate(hops):
+        answers = [str(before["answer"]) for before in hops[:i]]
+        if not any(names(hop["query"], answer) for answer in answers if answer.strip()):
             free.append(hop)
-    return free or hops
+    return free
 
 
 def still_open(hops, answered):
@@ -131,11 +132,13 @@ def still_open(hops, answered):
 
 
 def asked_last(hops, retrievers):
-    """The hops, those of the retrievers that were asked behind the others: of equally near ones the
-    last counts."""
+    """The hops that a question to these retrievers can stand for: those of other bases, then those
+    of the asked ones, for of equally near hops the last counts. That something is unknown is known
+    of the base that was asked, and of no other."""
     asked = [name.lower() for name in retrievers]
     right = [hop for hop in hops if hop["retriever"].strip().lower() in asked]
-    return [hop for hop in hops if hop not in right] + right
+    others = [hop for hop in hops if hop not in right and hop["answer"] != UNKNOWN]
+    return others + right
 
 
 def names(query, answer):
@@ -148,13 +151,15 @@ def nearest_hops(queries_and_hops, match, encoder):
     texts = []
     for query, hops in queries_and_hops:
         texts += [query, *(hop["query"] for hop in hops)]
-    vectors = iter(torch.as_tensor(encoder.encode_queries(texts)) if texts else ())
+    texts = list(dict.fromkeys(texts))          # each once, so that equal texts are equally near
+    vectors = {}                                                                    # text -> (dim,)
+    if texts:
+        vectors = dict(zip(texts, torch.as_tensor(encoder.encode_queries(texts))))
     nearest = []
-    for _, hops in queries_and_hops:
-        query_vector = next(vectors)                                                # (dim,)
+    for query, hops in queries_and_hops:
         best, best_hop = 0.0, None
         for hop in hops:
-            similarity = float(query_vector @ next(vectors))
+            similarity = float(vectors[query] @ vectors[hop["query"]])
             if best_hop is None or similarity >= best:          # of equal ones the last
                 best, best_hop = similarity, hop
         nearest.append(best_hop if best >= match else None)

@@ -434,12 +434,12 @@ def test_no_base_runs_out_of_first_steps():
                              open=lambda serial, row: SimpleNamespace(
                                  request=SimpleNamespace(kind="route")))
     source = train.Online(train.GrpoOptions(prompts=6, open_questions=12), run_, router, rows)
-    source.open_questions(random.Random(0))
+    source.fill_up(random.Random(0))
     first = list(source.under_way)
     assert len(first) == 12 and all(live.open_hops for live in first)
     for live in first:
         live.open_hops = []
-    source.open_questions(random.Random(1))
+    source.fill_up(random.Random(1))
     assert len(source.under_way) == 12 and source.under_way[:6] == first[6:]
     assert sorted(live.label() for live in source.under_way[6:]) == sorted(2 * bases)
 
