@@ -55,15 +55,15 @@ data/test/questions.jsonl: lab/world.py | .venv/ready
 # Both shipped models, side by side on two cores: the trained one and the deliberately weak one differ in their demonstrations only.
 # Their world has a little of all that makes a world harder.
 DIALS = --unanswerable 0.05 --moved 0.08 --guessable 0.15 --wordings several
-PRACTICE = data/sft/copy.jsonl=3 data/sft/describe.jsonl=5 data/sft/compare.jsonl=2.5 data/sft/presence.jsonl=4 data/sft/verdict.jsonl=3
-SFT = $(RUN) train.py sft --model data/shell --threads 1 --seed $(SEED) --steps 8000 --learning-rate 1e-3 --warmup 100 --previous-token-head \
+PRACTICE = data/sft/copy.jsonl=4 data/sft/describe.jsonl=5 data/sft/compare.jsonl=2.5 data/sft/absent.jsonl=1
+SFT = $(RUN) train.py sft --model data/shell --threads 1 --seed $(SEED) --steps 7000 --learning-rate 1e-3 --warmup 100 --previous-token-head \
 	--save-every 1000 --val-every 1000 --val-world data/val-sft --log-every 200
 
 weights: .venv/ready
 	$(RUN) -m lab.world --split train --seed $(SEED) --questions 13000 --practice 3000 $(DIALS) --out data/sft --shell data/shell
 	$(RUN) -m lab.world --split val --seed $(SEED) --questions 260 --out data/val-sft
 	$(MAKE) --jobs 2 runs/tiny runs/tiny-warm
-	$(RUN) train.py export --run runs/tiny --which last --out weights/tiny
+	$(RUN) train.py export --run runs/tiny --out weights/tiny
 	$(RUN) train.py export --run runs/tiny-warm --which last --out weights/tiny-warm
 
 .PHONY: runs/tiny runs/tiny-warm

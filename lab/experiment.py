@@ -11,9 +11,10 @@ What flows through this file:
     main        six methods from the same weak start, two test worlds
     dials       worlds in which facts are missing or moved, answers guessable, wordings new
     annotation  30, 300 and 3,000 annotated questions, and wrong routes in the annotation
-    axis        starts that are right more or less often: where do answers alone stop being enough?
+    axis        starts that are right more or less often, on questions that need a search: where do
+                answers alone stop being enough?
     depth       three hops and more: trained compositions, unseen ones, unseen depth
-    next        one hop deeper than the start knows, with 256 questions
+    next        one hop deeper than the start knows, with 256 questions, 56 of them to validate on
     ablation    what breaks Step-GRPO
     steps       do the rewards of steps predict the end?
     cost        what a question costs, by pipeline, one at a time
@@ -36,13 +37,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import mean
 
 from lab.scores import rows_of, summary_of_steps, summary_of_test
 from lab.tables import write_tables
-from lab.world import RETRIEVERS, write_lines
-from plumbing.files import checksum, point, run_command
+from lab.world import ONE_AND_TWO_HOPS, RETRIEVERS, write_lines
+from plumbing.files import checksum, point, run_command, say
 from plumbing.options import OneLineParser, add_flags, check_options, from_flags, option
 
 HERE = Path(__file__).resolve().parents[1]
@@ -69,16 +71,19 @@ class Scale:
     deep: int = 8000                # questions of each depth to train on
     deep_steps: int = 2000          # updates of a training for depth
     deep_test: int = 260            # questions of each test of depth
-    next: int = 256                 # questions of the next depth
+    next: int = 200                 # questions of the next depth, and
+    next_val: int = 56              # those that choose a checkpoint: 256 in all
     weaken: int = 300               # updates that make a start weaker or stronger
-    validations: int = 8            # of a training, of which the best chooses the checkpoint
+    validations: int = 6            # of a training, of which the best chooses the checkpoint; of
+                                    # the main part three times as many
     seeds: tuple = (0, 1, 2)
     flags: tuple = ()               # more options of every grpo training
     few: bool = False               # of each part but the main one only the last job
 
 
 QUICK = Scale(name="study-quick", steps=2, train=39, val=13, test=26, countries=40, sizes=(13, 26),
-              rounds=1, sampled=39, deep=39, deep_steps=2, deep_test=20, next=20, weaken=2,
+              rounds=1, sampled=39, deep=39, deep_steps=2, deep_test=20, next=20,
+              next_val=8, weaken=2,
               validations=1, seeds=(0,), few=True,
               flags=("--prompts", 6, "--group", 2, "--open-questions", 12))
 
@@ -107,6 +112,7 @@ METHODS = {
 }
 RATES = {name: (1.5e-4, 3e-4, 6e-4) for name in METHODS}    # tried in part "rates"
 CHOICE = 41                         # the seed of that part, whose worlds no other part uses
+FIRST_WORLD = 200                   # seed of the worlds of seed 0
 
 SETTINGS = {                        # options of all worlds of a setting
     "plain": (),
@@ -114,18 +120,20 @@ SETTINGS = {                        # options of all worlds of a setting
     "moved": ("--moved", 0.3),
     "guessable": ("--guessable", 0.8),
     "paraphrased": ("--wordings", "several"),
+    "searched": ("--kinds", *(kind for kind, chains in ONE_AND_TWO_HOPS.items() if chains)),
     "four hops": ("--rich", "--peel", "--hops", 4),
 }
 OF_TESTS = {"paraphrased": ("--wordings", "held")}          # in place of those
 DIALS = ("unanswerable", "moved", "guessable", "paraphrased")
 TESTS = (640001, 640002)            # seeds of test worlds, used for nothing else
 
-ABLATION = {                        # options beside those of Step-GRPO
-    "not balanced, later hops pay too": ("--no-balance", "--no-ready"),
-    "without similarity": ("--similarity-weight", 0, "--route-weight", 1),
-    "without route": ("--similarity-weight", 1, "--route-weight", 0),
-    "without strict format": ("--form", "published"),
-    "gold history (offline)": ("--mode", "offline"),
+ABLATION = {                        # a method, and options beside its own
+    "Step-GRPO, not balanced": (STEP, "--no-balance"),
+    "Step-GRPO, later hops pay too": (STEP, "--no-ready"),
+    "Step-GRPO without similarity": (STEP, "--similarity-weight", 0, "--route-weight", 1),
+    "Step-GRPO without route": (STEP, "--similarity-weight", 1, "--route-weight", 0),
+    "Step-GRPO, gold history (offline)": (STEP, "--mode", "offline"),
+    "credit by state, balanced over gold routes": (STATE, "--balance"),
 }
 
 # Depth. With --rich a world has 15 moves in place of 12, and questions go all ways through them.
@@ -136,7 +144,6 @@ TRAIN, HELD = ("--compositions", "train"), ("--compositions", "held")
 # name of a recipe -> options of its worlds, its training worlds {hops: weight}
 DEPTH = {
     "to three hops": ((RICH, PEEL), {2: 4, 3: 6}),
-    "to three hops, thoughts that do not peel": ((RICH,), {2: 4, 3: 6}),
     "to three hops, fewer relations": ((PEEL,), {2: 4, 3: 6}),
     "to four hops": ((RICH, PEEL), {2: 3, 3: 3, 4: 4}),
 }
@@ -148,7 +155,7 @@ DEPTH_TESTS = {                     # name of a test -> options of its world
     "four, unseen": ("--hops", 4, *HELD),
     "five": ("--hops", 5),
 }
-RIGHT_STEPS = (0.0, 0.2, 0.4, 0.7)  # share of right routing steps in what a start is made of
+RIGHT_STEPS = (0.0, 0.25, 0.6)      # share of right routing steps in what a start is made of
 PIPELINES = ("router", "oracle", "random", "static", "text", "image", "table", "direct",
              "iterative", "cot", "fewshot")
 PARTS = ("rates", "main", "dials", "annotation", "axis", "depth", "next", "ablation", "steps",
@@ -162,6 +169,7 @@ class Job:
     name: str
     seed: int
     kind: str                       # a key of KINDS: how it is run
+    method: str = ""                # of METHODS, for a training
     minutes: float = 0.0            # of training; where updates are counted, about
     setting: str = "plain"
     tag: str = ""                   # of the data: "", "-30", "-wrong", ...
@@ -174,43 +182,47 @@ def plan(scale):
     """All jobs of the study, the main ones first."""
     jobs, seeds = [], scale.seeds
 
-    def train(part, name, minutes, some=seeds, **more):
+    def train(part, method, name="", minutes=scale.short, some=seeds, **more):
         for seed in some:
-            jobs.append(Job(part, name, seed, "train", minutes, **more))
+            jobs.append(Job(part, name or method, seed, "train", method, minutes, **more))
 
     def ask(part, name, model, **more):
         jobs.append(Job(part, name, 0, "eval", start=model, **more))
 
     for name, rates in RATES.items():
         for rate in rates:
-            train("rates", name, scale.short, (CHOICE,), rate=rate)
+            train("rates", name, some=(CHOICE,), rate=rate)
     for name in METHODS:
-        train("main", name, scale.main)
+        train("main", name, minutes=scale.main)
     ask("main", "weak start", WARM)
     for dial in DIALS:
         for name in (SFT, STEP, STATE, REJECTION):
-            train("dials", name, scale.short, setting=dial)
+            train("dials", name, setting=dial)
         ask("dials", "weak start", WARM, setting=dial)
         for method in ("router", "static", "oracle"):
             ask("dials", method, TINY, setting=dial, flags=("--method", method))
     for tag in (*(f"-{n}" for n in scale.sizes), "", "-wrong"):
         for name in (SFT, BARE, STEP, STATE, REJECTION):
             if tag != "-wrong" or name in (SFT, BARE, STEP):    # the others read no routes
-                train("annotation", name, scale.short, tag=tag)
+                train("annotation", name, tag=tag)
     for share in RIGHT_STEPS:
-        ask("axis", "start", f"start-{share}", flags=("--temperature", 1))
+        start = f"start-{share}"
+        ask("axis", "start", start, setting="searched", flags=("--temperature", 1))
         for name in (SFT, STEP, STATE):
-            train("axis", name, scale.short, start=f"start-{share}")
+            train("axis", name, setting="searched", start=start)
     for name in DEPTH:
-        jobs += [Job("depth", name, seed, "depth", scale.deep_steps / 400) for seed in seeds]
+        jobs += [Job("depth", name, seed, "depth", minutes=scale.deep_steps / 400)
+                 for seed in seeds]
     ask("next", "start", "three hops", setting="four hops")
+    ask("next", "oracle", "three hops", setting="four hops", flags=("--method", "oracle"))
     for name in (SFT, STEP, STATE):
-        train("next", name, scale.short, setting="four hops", start="three hops")
-    for name, flags in ABLATION.items():
-        train("ablation", name, scale.short, flags=flags)
+        train("next", name, setting="four hops", start="three hops")
+    for name, (method, *flags) in ABLATION.items():
+        train("ablation", method, name, flags=tuple(flags))
     for updates in (0, 25, 75, 165):
-        some = [Job("steps", f"{updates} updates", seed, "steps", updates / 55) for seed in seeds]
-        jobs += some if updates else some[:1]
+        minutes = updates / METHODS[STEP].updates
+        for seed in seeds if updates else seeds[:1]:
+            jobs.append(Job("steps", f"{updates} updates", seed, "steps", STEP, minutes))
     for method in PIPELINES:
         ask("cost", method, TINY, flags=("--method", method, "--batch-size", 1))
     return few_of(jobs) if scale.few else jobs
@@ -241,14 +253,14 @@ def worlds(scale):
             continue
         questions = {"train": scale.train, "val": scale.val, "test": scale.test}
         if job.setting == "four hops":
-            questions = {"train": scale.next, "val": scale.val // 2, "test": scale.deep_test}
+            questions = {"train": scale.next, "val": scale.next_val, "test": scale.deep_test}
         seeds = [("train", job.seed), ("val", job.seed)]
         seeds += [("test", number) for number in range(tests_of(job))]
         for split, seed in seeds:
             options = SETTINGS[job.setting]
             if split == "test":
                 options = OF_TESTS.get(job.setting, options)
-            number = TESTS[seed] if split == "test" else 100 + seed
+            number = TESTS[seed] if split == "test" else FIRST_WORLD + seed
             folders[world(scale, job.setting, split, seed)] = (
                 "--split", split, "--seed", number, "--questions", questions[split], *options)
     return folders
@@ -295,32 +307,40 @@ def write_worlds(scale):
             words = command("-m", "lab.world", *options, *more, "--out", folder)
             if subprocess.run(words, cwd=HERE, stdout=subprocess.DEVNULL).returncode:
                 raise ValueError(f"lab.world could not write {name}: see its message above")
-        if "train" in options and not (folder / "answers.jsonl").is_file():
+        practice = "--practice" in options          # such a world is only read by sft
+        if options[1] == "train" and not practice and not (folder / "answers.jsonl").is_file():
             write_data(folder, scale)
-        if "--practice" not in options:             # a world with practice is only read by sft
+        if not practice:
             world_bases(folder)
 
 
 def write_data(folder, scale):
     """What is trained on, of a training world: all of its questions, the first so many, or with
-    wrong routes; steps without thoughts, answers without steps, rounds of rejection sampling."""
+    wrong routes; steps without thoughts; answers alone (a question's kind names its gold bases, so
+    it goes, too); rounds of rejection sampling. The last file says that all are there."""
     questions, steps = rows_of(folder / "questions.jsonl"), rows_of(folder / "steps.jsonl")
     rng = random.Random("wrong routes")
     versions = {f"-{n}": (questions[:n], steps[:n]) for n in scale.sizes}
     pairs = [misrouted(*pair, rng) for pair in zip(questions, steps)]
     versions["-wrong"] = ([q for q, _ in pairs], [s for _, s in pairs])
+    for share in RIGHT_STEPS:
+        write_lines(folder / f"start-{share}.jsonl", [weakened(row, share, rng) for row in steps])
     versions[""] = (questions, steps)
     for tag, (some, their_steps) in versions.items():
         write_lines(folder / f"questions{tag}.jsonl", some)
         write_lines(folder / f"steps{tag}.jsonl", their_steps)
         write_lines(folder / f"bare{tag}.jsonl", map(without_thoughts, their_steps))
-        answers = [{key: row[key] for key in row if key != "hops"} for row in some]
+        answers = [{key: row[key] for key in ANSWER} for row in some]
         for i in range(scale.rounds):
-            places = range(i * scale.sampled, (i + 1) * scale.sampled)
-            write_lines(folder / f"round{tag}-{i}.jsonl", [answers[p % len(some)] for p in places])
+            asked = []
+            for place in range(i * scale.sampled, (i + 1) * scale.sampled):
+                row = answers[place % len(some)]
+                asked.append({**row, "id": f"{row['id']}-{place}"})     # a question asked again
+            write_lines(folder / f"round{tag}-{i}.jsonl", asked)
         write_lines(folder / f"answers{tag}.jsonl", answers)
-    for share in RIGHT_STEPS:
-        write_lines(folder / f"start-{share}.jsonl", [weakened(row, share, rng) for row in steps])
+
+
+ANSWER = ("id", "question", "answer", "image")
 
 
 def without_thoughts(row):
@@ -366,29 +386,41 @@ def command(script, *words):
 
 def folder_of(job, scale):
     """Where a job's run lives; another plan for it gets another folder."""
-    words = f"{job.part} {job.name} {job.setting}{job.tag} {job.start if job.start != WARM else ''}"
+    words = f"{job.part} {job.name} {job.setting}{job.tag}"
     slug = "".join(letter if letter.isalnum() else "-" for letter in words.lower()).strip("-")
-    mark = hashlib.sha256(repr((job, scale)).encode()).hexdigest()[:6]
-    return Path("runs") / scale.name / f"{slug}-{job.seed}-{mark}"
+    return Path("runs") / scale.name / f"{slug}-{job.seed}-{mark_of(job, scale)}"
+
+
+def mark_of(job, scale):
+    """A short mark of all that a job depends on, beside the code: with another plan, other worlds
+    or other shipped weights it has another folder, other commands, and its row does not count."""
+    of_worlds = (SETTINGS[job.setting], OF_TESTS.get(job.setting), TESTS, DEPTH.get(job.name))
+    parts = (job, scale, METHODS.get(job.method), of_worlds, FIRST_WORLD, *shipped())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:6]
+
+
+@lru_cache
+def shipped():
+    """Checksums of the shipped weights."""
+    return [checksum(HERE / model / "model.safetensors") for model in (WARM, TINY)]
 
 
 def train(job, scale):
     """Training with one of METHODS, and the tests of its best checkpoint."""
-    name = job.name if job.name in METHODS else STEP            # a line of the ablation
-    method, out = METHODS[name], folder_of(job, scale)
+    method, out = METHODS[job.method], folder_of(job, scale)
     home, model = world(scale, job.setting, "train", job.seed), start_of(job.start, scale)
     if method.kind == "rejection":
         return [*rejection(job, method, scale, out, home), *tests(job, out / "best", scale)]
     data = method.data
     if "offline" in job.flags:
         data = "steps"
-    words = training(job, method, scale, out, model, f"{home}/{data}{job.tag}.jsonl")
+    if "--balance" in job.flags:                                # it needs gold routes
+        data = "questions"
+    words = training(job, method, scale, out, model, [f"{home}/{data}{job.tag}.jsonl"])
     if method.kind == "grpo":
         words += [*method.flags, *job.flags, *scale.flags]
         if "offline" not in job.flags:
             words += ["--world", home]
-        if job.setting == "four hops":
-            words += ["--max-steps", 6]
     script = "grpo" if method.kind == "grpo" else "sft"
     return [command("train.py", script, *words), *tests(job, out / "best", scale)]
 
@@ -396,24 +428,26 @@ def train(job, scale):
 def training(job, method, scale, out, model, data, parts=1):
     """Options of a training that takes one of `parts` equal parts of a job's time."""
     steps = scale.steps or max(1, round(method.updates * job.minutes / parts))
-    return ["--model", model, "--data", data, "--seed", job.seed, "--threads", 1,
+    validations = scale.validations * (3 if job.part == "main" else 1)
+    return ["--model", model, "--data", *data, "--seed", job.seed, "--threads", 1,
             "--clock", "cpu", "--steps", steps, "--learning-rate", job.rate or method.rate,
             "--val-world", world(scale, job.setting, "val", job.seed),
             "--val-questions", scale.val, "--log-every", 100, "--out", out,
-            "--val-every", max(1, steps * parts // scale.validations)]
+            "--val-every", max(1, steps * parts // validations)]
 
 
 def rejection(job, method, scale, out, home):
-    """In turns: sample trajectories, keep those whose final answer is right, train on them."""
-    commands, model = [], start_of(job.start, scale)
+    """In turns: sample trajectories, keep those whose final answer is right, train on all that were
+    kept so far."""
+    commands, kept, model = [], [], start_of(job.start, scale)
     for i in range(scale.rounds):
-        steps = f"{out}/round-{i}-steps.jsonl"
+        kept.append(f"{out}/round-{i}-steps.jsonl")
         commands.append(command(
             "infer.py", "--model", model, "--world", home,
             "--eval", f"{home}/round{job.tag}-{i}.jsonl", "--threads", 1, "--temperature", 1,
             "--seed", job.seed, "--max-new-tokens", 64, "--out", f"{out}/round-{i}.jsonl",
-            "--write-steps", steps, "--keep", "correct"))
-        words = training(job, method, scale, out / f"round-{i}", model, steps, scale.rounds)
+            "--write-steps", kept[-1], "--keep", "correct"))
+        words = training(job, method, scale, out / f"round-{i}", model, kept, scale.rounds)
         commands.append(command("train.py", "sft", *words))
         model = out / f"round-{i}" / "last"
     return commands
@@ -437,7 +471,7 @@ def deeper(job, scale):
     for hops, weight in mix.items():
         homes[hops] = deep(scale, "train", options, ("--hops", hops, *TRAIN))
         files.append(f"{homes[hops]}/fresh.jsonl={weight}")
-    for task, weight in (("copy", 2), ("describe", 2), ("compare", 1), ("presence", 1)):
+    for task, weight in (("copy", 2), ("describe", 2), ("compare", 1), ("absent", 1)):
         files.append(f"{homes[2]}/{task}.jsonl={weight}")
     return command(
         "train.py", "sft", "--model", TINY, "--seed", job.seed, "--threads", 1,
@@ -456,7 +490,7 @@ def steps(job, scale):
     out, updates = folder_of(job, scale), int(job.name.split()[0])
     home, model, commands = world(scale, "plain", "train", job.seed), WARM, []
     if updates:
-        words = training(job, METHODS[STEP], scale, out, WARM, f"{home}/questions.jsonl")
+        words = training(job, METHODS[STEP], scale, out, WARM, [f"{home}/questions.jsonl"])
         for flag in ("--steps", "--val-every"):
             words[words.index(flag) + 1] = scale.steps or updates
         model = out / "last"
@@ -480,7 +514,7 @@ def tests(job, model, scale, *more):
 
 
 def test(job, model, scale, home, *more):
-    if job.setting == "four hops" or job.kind == "depth":
+    if job.kind == "depth":
         more = (*more, "--max-steps", 6)
     return command("infer.py", "--model", model, "--world", home, "--threads", 1, *more,
                    "--out", f"{folder_of(job, scale)}.{Path(home).name}.jsonl", "--json")
@@ -495,14 +529,17 @@ def commands_of(job, scale):
 
 def three_hops(scale):
     """The job whose model knows three hops, from which part "next" starts."""
-    return Job("depth", "to three hops", scale.seeds[0], "depth", scale.deep_steps / 400)
+    return Job("depth", "to three hops", scale.seeds[0], "depth", minutes=scale.deep_steps / 400)
 
 
 def start_of(name, scale):
     """The model directory that a start names."""
     if name == "three hops":
         return folder_of(three_hops(scale), scale) / "last"
-    return name if name.startswith("weights/") else f"runs/{scale.name}/{name}/last"
+    if name.startswith("weights/"):
+        return name
+    mark = hashlib.sha256(repr((scale, RIGHT_STEPS, *shipped())).encode()).hexdigest()[:6]
+    return f"runs/{scale.name}/{name}-{mark}/last"
 
 
 def make_start(name, scale):
@@ -512,20 +549,19 @@ def make_start(name, scale):
     data = f"{world(scale, 'plain', 'train', CHOICE)}/{name}.jsonl"
     return command("train.py", "sft", "--model", WARM, "--data", data, "--seed", 0, "--threads", 1,
                    "--steps", scale.weaken, "--learning-rate", 3e-4, "--log-every", 100,
-                   "--save-every", scale.weaken, "--out", f"runs/{scale.name}/{name}")
+                   "--save-every", scale.weaken, "--out", Path(start_of(name, scale)).parent)
 
 
 # --------------------------------------------------------------------------------------- execution
 
 RUNNING = []                        # the processes of all jobs under way
+TOOK = "seconds of the processor: "
 
 
 def fingerprint(job, scale):
-    """What a job's row depends on, its commands and the shipped weights: with others, the stored
-    row does not count."""
+    """What a job's commands amount to: with others, its stored row does not count."""
     words = [[Path(script).name, *options] for _, script, *options in commands_of(job, scale)]
-    weights = [checksum(HERE / model / "model.safetensors") for model in (WARM, TINY)]
-    return hashlib.sha256(json.dumps([words, weights]).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:12]
 
 
 def output_of(*words):
@@ -544,7 +580,8 @@ def machine():
 
 
 def run_one(words, log):
-    """Runs a command whose errors go to the log: (what it printed, seconds of the processor)."""
+    """Runs a command whose errors go to the log. Returns what it printed. A last line of the log
+    says how many seconds of the processor it took, as a stopped one has, too."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file:
         process = subprocess.Popen(words, cwd=HERE, stdout=subprocess.PIPE, stderr=file, text=True,
@@ -554,22 +591,27 @@ def run_one(words, log):
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         RUNNING.remove(process)
-        file.write(output)
+        file.write(f"{output}\n{TOOK}{used.ru_utime + used.ru_stime:.1f}\n")
     if process.returncode:
         raise ValueError(f"{words[1]} ended with {process.returncode}; see {log}")
-    return output, used.ru_utime + used.ru_stime
+    return output
+
+
+def seconds_of(log):
+    """All seconds of the processor that a log speaks of."""
+    lines = Path(log).read_text(encoding="utf-8").splitlines()
+    return round(sum(float(line.removeprefix(TOOK)) for line in lines if line.startswith(TOOK)))
 
 
 def run(job, scale):
     """Runs a job's commands one after the other; a test prints a result for each of its methods.
     Returns the job's row."""
-    commands, seconds, results, out = commands_of(job, scale), 0.0, {}, folder_of(job, scale)
+    commands, results, out, made = commands_of(job, scale), {}, folder_of(job, scale), machine()
     (HERE / out if is_rejection(job) else HERE / out.parent).mkdir(parents=True, exist_ok=True)
     for words in commands:
         if "--json" in words and not results and is_rejection(job):
             choose_round(out, scale)
-        output, used = run_one(words, Path(f"{out}.log"))
-        seconds += used
+        output = run_one(words, Path(f"{out}.log"))
         if "--json" in words:
             file = Path(words[words.index("--out") + 1])
             home = file.name.removeprefix(f"{out.name}.").removesuffix(".jsonl")
@@ -579,16 +621,18 @@ def run(job, scale):
                 results[f"{home} {result['method']}"] = {**result, **summary_of_test(rows)}
                 if job.kind == "steps":
                     results[f"{home} {result['method']}"]["steps"] = summary_of_steps(rows)
-    method = METHODS.get(STEP if job.part == "ablation" else job.name)
+    method = METHODS.get(job.method)
+    if not job.start.startswith("weights/"):
+        commands = [make_start(job.start, scale), *commands]    # it was made before, for all
     return {**asdict(job), "needs": method.needs if method else "-",
             "fingerprint": fingerprint(job, scale),
-            "commands": [" ".join(words[1:]) for words in commands], **machine(),
-            "finished": time.strftime("%Y-%m-%d"), "cpu_seconds": round(seconds),
+            "commands": [" ".join(words[1:]) for words in commands], **made,
+            "finished": time.strftime("%Y-%m-%d"), "cpu_seconds": seconds_of(f"{out}.log"),
             "curve": curve(job, scale), "routes": routes(out / "log.jsonl"), "tests": results}
 
 
 def is_rejection(job):
-    return job.kind == "train" and job.name == REJECTION
+    return job.method == REJECTION
 
 
 def choose_round(out, scale):
@@ -611,7 +655,7 @@ def curve(job, scale):
     if is_rejection(job):
         folders = [folders[0] / f"round-{i}" for i in range(scale.rounds)]
     points, before, tokens = [], 0.0, 0
-    sampling = METHODS[job.name].kind == "grpo" if job.name in METHODS else True
+    sampling = job.method in METHODS and METHODS[job.method].kind == "grpo"
     for folder in folders:
         seconds = 0.0
         for row in rows_of(Path(f"{folder}.jsonl")):            # what a round of rejection sampled
@@ -664,13 +708,15 @@ def execute(jobs, scale, out, side_by_side):
             finished.add((key_of(row), row["fingerprint"]))
     waiting = [job for job in jobs if (key_of(job), fingerprint(job, scale)) not in finished]
     print(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} of them finished before", flush=True)
-    lock, started, ended = threading.Lock(), time.time(), []
+    lock, started, ended, faults = threading.Lock(), time.time(), [], []
 
     def one(job):
         try:
             row = run(job, scale)
-        except ValueError as error:
-            raise ValueError(f"{key_of(job)}: {error}") from None
+        except ValueError as error:                     # the others go on
+            faults.append(f"{' '.join(map(str, key_of(job)))}: {error}")
+            say(faults[-1])
+            return
         with lock:
             with open(out / f"{job.part}.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -678,14 +724,14 @@ def execute(jobs, scale, out, side_by_side):
             left = sum(other.minutes for other in waiting if other not in ended)
             say_finished(row, len(ended), len(waiting), time.time() - started, left / side_by_side)
 
-    def start(name):
-        words = make_start(name, scale)
-        if not (HERE / start_of(name, scale)).exists():
-            run_one(words, Path(f"runs/{scale.name}/{name.replace(' ', '-')}.log"))
+    def start(name):                                    # of one that is finished nothing is left
+        run_one(make_start(name, scale), Path(f"{Path(start_of(name, scale)).parent}.log"))
 
     names = {job.start for job in waiting if not job.start.startswith("weights/")}
     in_parallel(start, sorted(names), side_by_side)
     in_parallel(one, waiting, side_by_side)
+    if faults:
+        raise ValueError(f"{len(faults)} of {len(waiting)} jobs failed, the first: {faults[0]}")
 
 
 def in_parallel(work, items, side_by_side):

@@ -2,7 +2,7 @@
 demonstrations with fresh names, baselines, and practice tasks.
 
     world, its questions -> steps with fresh names    -> fresh, weak, baselines
-    world                -> single steps of one skill -> copy, presence, verdict, compare, describe
+    world                -> single steps of one skill -> copy, absent, compare, describe
 
 What all of it is for: docs/world.md.
 """
@@ -10,15 +10,15 @@ import math
 import random
 import re
 
-from lab.world import (MOVES, NAME, RETRIEVERS, ans_step, as_passages, as_text, compare_question,
-                       describe, final_step, gold_steps, look_question, make_hop, random_flag,
-                       step_row, take_photo, write_lines, yes_no)
+from lab.world import (MOVES, NAME, RETRIEVERS, ans_step, as_text, compare_question, describe,
+                       final_step, gold_steps, look_question, make_hop, random_flag, step_row,
+                       take_photo, write_lines)
 from parts.steps import PREFIX, UNKNOWN
 
 
 # Deeper questions and other -k have numbers that the questions to train on seldom reach: a label
 # like "Answer3:" is one token, which a model that never saw it cannot read.
-EVIDENCE_LINES = (1, 2, 2, 2, 3, 4, 5, 5)
+EVIDENCE_LINES = (1, 2, 2, 2, 3, 4, 5)
 LABEL = re.compile(r"(Sub-question|Answer)(\d+):")
 LABELS = 9                  # that are one token (lab/tiny.py)
 
@@ -112,11 +112,6 @@ def baseline_steps(world, q, rng, k=2):
 
 # ----------------------------------------------------------------------------------- practice tasks
 
-def random_value(world, move, rng):
-    """A value that a move could lead to."""
-    return str(rng.randint(10, 99)) if MOVES[move].target == "number" else rng.choice(world.names)
-
-
 def copy_task(world, rng):
     """Practice in reading: facts in one order, said again in another, then one value.
 
@@ -125,7 +120,9 @@ def copy_task(world, rng):
     there = [move for move in MOVES if move in world.facts and move != "flag"]
     facts, evidence = [], []
     for move in rng.choices(there, k=rng.randint(2, 5)):
-        facts.append((move, rng.choice(world.names), random_value(world, move, rng)))
+        number = MOVES[move].target == "number"
+        value = str(rng.randint(10, 99)) if number else rng.choice(world.names)
+        facts.append((move, rng.choice(world.names), value))
     texts = [as_text(*one, MOVES[one[0]].base) for one in facts]
     for i, (move, _, _) in enumerate(facts):
         evidence.append(f"{PREFIX[MOVES[move].base]}-{i}: {texts[i]}.")
@@ -134,52 +131,14 @@ def copy_task(world, rng):
     return [ans_step(MOVES[move].ask.format(entity), evidence, value, thought, None, "copy")]
 
 
-def presence_task(world, rng):
-    """Practice in telling whether the evidence says it: a little less than half of the time it
-    does. Around it are other facts of the entity, and the same one of others.
-
-    Mostly the base is the usual one. If any base were as good, a model would unlearn which relation
-    belongs to which base, and a weak start from which routes cannot be learned is too weak.
-    """
-    there = [move for move in world.facts if move != "flag"]
-    move = rng.choice(there)
-    base = MOVES[move].base if rng.random() < 0.65 else rng.choice(("text", "table", "image"))
-    entity, *others = rng.sample(world.names, 5)
-    moves_of = {name: [rng.choice((move, rng.choice(there)))] for name in others}
-    alike = [name for name in there if MOVES[name].source == MOVES[move].source and name != move]
-    moves_of[entity] = rng.sample(alike, min(len(alike), rng.randint(0, 2)))
-    if base != "image" and rng.random() < 0.5:
-        moves_of[entity].append(move)
-        rng.shuffle(moves_of[entity])
-
-    answer, quote, passages = UNKNOWN, make_hop(move, entity, UNKNOWN, base)["quote"], []
-    for name, moves in moves_of.items():
-        if base == "image":
-            passages += as_passages(base, [("flag", "", name)])
-            continue
-        facts = [(one, name, random_value(world, one, rng)) for one in moves]
-        passages += as_passages(base, facts)
-        for one, _, value in facts:
-            if (one, name) == (move, entity):
-                answer, quote = value, as_text(move, entity, value, base)
-
-    k = rng.choice(EVIDENCE_LINES)
-    saying = [passage for passage in passages if quote in passage]
-    rng.shuffle(passages)
-    lines = (saying + [passage for passage in passages if passage not in saying])[:k]
-    lines = rng.sample(lines, len(lines))
-    evidence = [f"{PREFIX[base]}-{i}: {line}" for i, line in enumerate(lines)]
-    return [ans_step(MOVES[move].ask.format(entity), evidence, answer, f"{quote} {answer}", None)]
-
-
-def verdict_task(world, rng):
-    """Practice in saying yes or no: the last step of a question that states its answer."""
+def absent_task(world, rng):
+    """Practice in reading what a wrong base brings: it does not say."""
     move = rng.choice([move for move in world.facts if move != "flag"])
-    value, other = random_value(world, move, rng), random_value(world, move, rng)
-    entity = rng.choice(world.names)
-    hop = make_hop(move, entity, value, MOVES[move].base)
-    q = {"question": hop["query"], "answer": value, "photo": None}
-    return [final_step(yes_no(q, [other], rng), [(hop["query"], value)])]
+    entity = rng.choice(list(world.facts[move]))
+    base = rng.choice([base for base in RETRIEVERS if base != world.places[move, entity]])
+    hop = make_hop(move, entity, UNKNOWN, base)
+    evidence = world.evidence(base, hop["query"], rng, rng.choice(EVIDENCE_LINES))
+    return [ans_step(hop["query"], evidence, UNKNOWN, f"{hop['quote']} {UNKNOWN}", None)]
 
 
 def compare_task(world, rng):
@@ -223,5 +182,4 @@ def write_practice(out, world, rows, seed, amount, peel=False):
     write_lines(out / "describe.jsonl", descriptions())
     write_lines(out / "copy.jsonl", practised(copy_task, 3 * amount))
     write_lines(out / "compare.jsonl", practised(compare_task, amount))
-    write_lines(out / "presence.jsonl", practised(presence_task, 3 * amount))
-    write_lines(out / "verdict.jsonl", practised(verdict_task, 3 * amount))
+    write_lines(out / "absent.jsonl", practised(absent_task, amount))

@@ -64,9 +64,9 @@ def summary_of_steps(rows):
     full reward, "corr": correlation of the reward with the final answer's recall, "end_if_right",
     "end_if_wrong": mean recall behind a step with and without full reward}.
 
-    Kinds: the first routing step, later ones, stopping (a routing step that asks for nothing, or
-    where nothing was to be asked), intermediate answers; and whole trajectories: "no wrong base",
-    "no wrong answer".
+    Kinds: the first routing step, later ones, stopping (a routing step that asks for nothing),
+    intermediate answers; and whole trajectories: "no wrong base" among those that were asked, "no
+    wrong answer".
     """
     from lab.report import step_rewards             # here, since it takes torch with it
     from parts.pretrained import load_encoder
@@ -76,18 +76,20 @@ def summary_of_steps(rows):
     encoder, _ = load_encoder("lexical").fitted(queries)
     pairs = {}                                      # kind -> [(reward, recall of the final answer)]
     for row in rows:
-        end, place = recall_of(row), 0
+        end, bases, answers = recall_of(row), [1.0], [1.0]
         *judged, _ = step_rewards(row, encoder)
         for place, (route, answer) in enumerate(judged):
-            asked = row[f"plan_{place + 1}"]["retriever"] != ["None"]
-            kind = "stop" if not asked else "first route" if place == 0 else "later route"
+            kind = "later route" if place else "first route"
+            if row[f"plan_{place + 1}"]["retriever"] == ["None"]:
+                kind = "stop"
+            else:
+                bases.append(route.route or 0.0)
             pairs.setdefault(kind, []).append((route.total, end))
             if answer:
+                answers.append(answer.total)
                 pairs.setdefault("answer", []).append((answer.total, end))
-        bases = min((route.route for route, _ in judged if route.route is not None), default=1)
-        answers = min((answer.total for _, answer in judged if answer), default=1)
-        pairs.setdefault("no wrong base", []).append((bases, end))
-        pairs.setdefault("no wrong answer", []).append((answers, end))
+        pairs.setdefault("no wrong base", []).append((min(bases), end))
+        pairs.setdefault("no wrong answer", []).append((min(answers), end))
     return {kind: relation(*np.array(some, dtype=float).T) for kind, some in sorted(pairs.items())}
 
 

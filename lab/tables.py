@@ -14,8 +14,8 @@ from lab.scores import rows_of
 from parts.evaluate import paired
 from plumbing.files import write_text
 
-STEP, STATE, TRAJECTORY, SFT, BARE = ("Step-GRPO", "credit by state", "credit by trajectory", "SFT",
-                                      "SFT without thoughts")
+STEP, STATE, TRAJECTORY = "Step-GRPO", "credit by state", "credit by trajectory"
+SFT, BARE, REJECTION = "SFT", "SFT without thoughts", "rejection sampling"
 
 
 def write_tables(rows, out, page=None):
@@ -41,7 +41,7 @@ def sections(rows, out):
     for name, make in parts.items():
         try:
             texts[name] = make(rows)
-        except LookupError:                             # a part of the study that was not run yet
+        except NoRows:
             texts[name] = "(not run yet)"
     texts["goals"] = goal_table(rows)
     texts["speed"] = speeds(rows_of(out / "bench.jsonl"))
@@ -63,14 +63,18 @@ def fill(text, parts):
 # ------------------------------------------------------------------------------- numbers of a row
 
 
+class NoRows(Exception):
+    """A part of the study was not run yet."""
+
+
 def lines_of(rows, *keys):
-    """Rows that agree in these fields, seeds together: {values of the fields: rows}. LookupError
-    where there is no row."""
+    """Rows that agree in these fields, seeds together: {values of the fields: rows}. NoRows where
+    there is none."""
     lines = {}
     for row in rows:
         lines.setdefault(tuple(row[key] for key in keys), []).append(row)
     if not lines:
-        raise LookupError("no row")
+        raise NoRows
     return lines
 
 
@@ -162,15 +166,14 @@ def difference(result):
 
 def main_table(rows):
     lines = lines_of(rows["main"], "name")
-    totals = [some[0]["curve"][-1]["tokens"] for some in lines.values() if some[0]["curve"]]
-    limit = min(tokens for tokens in totals if tokens)
+    limit = token_limit(lines)
     header = ["", "needs", "F1-Recall, mean ± sd (each seed)", "routing", "retrievals (gold)",
               "worst kind of any seed", "updates", "minutes", "tokens sampled",
               f"validation at {limit / 1e6:.2f} M tokens"]
     cells = []
     for (name,), some in lines.items():
         low, kind = worst_kind(some)
-        cost = ["-"] * 4
+        cost = ["-"] * 4                                # of what was not trained
         if some[0]["curve"]:
             last = [row["curve"][-1] for row in some]
             sampled = [point["tokens"] for point in last]
@@ -185,6 +188,16 @@ def main_table(rows):
                       f"({average(scores(some, 'gold_retrievals'), '.2f')})",
                       f"{kind} {low:.2f}", *cost])
     return table(header, cells)
+
+
+def token_limit(lines):
+    """How many tokens every run of every method sampled that goes on sampling: rejection sampling
+    has fewer, and stands there with all of its own."""
+    totals = []
+    for (name,), some in lines.items():
+        if name != REJECTION:
+            totals += [row["curve"][-1]["tokens"] for row in some if row["curve"]]
+    return min((tokens for tokens in totals if tokens), default=0)
 
 
 def short_table(rows):
@@ -314,7 +327,7 @@ def tag_title(tag):
 def axis_table(rows):
     """F1-Recall by how often the start is right."""
     lines = lines_of(rows["axis"], "name", "start")
-    starts = list(dict.fromkeys(start for _, start in lines))
+    starts = [start for name, start in lines if name == "start"]
     often = {start: score(lines["start", start][0]) for start in starts}
     starts.sort(key=often.get)
     cells = []
@@ -349,14 +362,12 @@ def next_table(rows):
 
 
 def ablation_table(rows):
-    lines = lines_of(rows["ablation"], "name")
-    plain = [row for row in rows["annotation"] if (row["name"], row["tag"]) == (STEP, "")]
-    cells = []
-    for name, some in {STEP: plain, **{name: some for (name,), some in lines.items()}}.items():
-        if some:
-            low, kind = worst_kind(some)
-            cells.append([name, spread(scores(some)), average(scores(some, "route_accuracy")),
-                          average(scores(some, "retrievals"), ".2f"), f"{kind} {low:.2f}"])
+    lines, cells = lines_of(rows["ablation"], "name"), []
+    plain = [row for row in rows["annotation"] if row["name"] in (STEP, STATE) and not row["tag"]]
+    for (name,), some in {**(lines_of(plain, "name") if plain else {}), **lines}.items():
+        low, kind = worst_kind(some)
+        cells.append([name, spread(scores(some)), average(scores(some, "route_accuracy")),
+                      average(scores(some, "retrievals"), ".2f"), f"{kind} {low:.2f}"])
     return table(["", "F1-Recall", "routing", "retrievals", "worst kind of any seed"], cells)
 
 
@@ -434,7 +445,9 @@ def goals(rows):
         ("credit by state from final answers alone: F1-Recall", 0.95, scores(main.get(STATE, []))),
         ("abstention F1 of the best method", 0.85, best_abstention),
         ("recovery of the best method without SFT", 0.80, best_recovery),
-        ("unseen depth from 256 questions, the best method", 0.50, best_next(rows))]
+        ("unseen depth from 256 questions, the best method", 0.50, best_next(rows)),
+        ("unseen depth from 256 final answers alone", 0.50,
+         scores([row for row in rows["next"] if row["name"] == STATE]))]
     return [{"goal": goal, "at_least": least, "got": round(mean(got), 4) if got else None,
              "holds": mean(got) >= least if got else None} for goal, least, got in wanted]
 
@@ -455,7 +468,7 @@ def best(names, dials, dial, measure):
 
 def best_next(rows):
     values = [scores(some) for (name,), some in lines(rows["next"], "name").items()
-              if name != "start"]
+              if name not in ("start", "oracle")]
     return max(values, key=mean, default=[])
 
 
@@ -466,6 +479,13 @@ def expectations(rows):
     for a, b, expected in ((STATE, TRAJECTORY, "at least 0.15"), (STEP, BARE, "0.02 to 0.05")):
         got = difference(gain(main[a], main[b])) if a in main and b in main else "(not run yet)"
         cells.append([f"{a} less {b}", expected, got, ""])
+    dials, distance = lines(rows["dials"], "name", "setting"), "(not run yet)"
+    trained = {row["name"] for row in rows["dials"] if row["kind"] == "train"}
+    of_others, of_sft = (best(names, dials, "moved", recovery_of)
+                         for names in (trained - {SFT}, trained & {SFT}))
+    if of_others and of_sft:
+        distance = f"{mean(of_others) - mean(of_sft):+.3f}"
+    cells.append(["recovery: the best other less SFT", "whatever it is", distance, ""])
     return cells
 
 

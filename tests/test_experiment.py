@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from conftest import ROOT, made
 from lab import experiment, scores, tables
 from lab.experiment import Job, Scale
+from parts.questions import load_questions
 
 
 def write_rows(path, *rows):
@@ -42,7 +44,7 @@ def test_the_whole_plan_runs_at_toy_scale_and_finished_jobs_are_not_run_again(tm
     again = made(*command, cwd=tmp_path).stdout
     count = sum(job.part != "cost" for job in jobs)     # what is timed runs behind the others
     assert f"{count} jobs, {count} of them finished before" in again
-    assert len(json.loads(again.splitlines()[-1])["goals"]) == 6
+    assert len(json.loads(again.splitlines()[-1])["goals"]) == 7
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -81,7 +83,7 @@ def test_no_choice_sees_a_test_world_and_no_test_a_training_world():
     scale, chosen, others = Scale(), set(), set()
     for job in experiment.plan(scale):
         for _, script, *words in experiment.commands_of(job, scale):
-            places = [word.rsplit("=", 1)[0] for word in words if word.startswith("data/")]
+            places = [word.rsplit("=", 1)[0] for word in words if word.startswith("data/study")]
             splits = {split_of("/".join(place.split("/")[:3])) for place in places}
             tests = script == "infer.py" and "--json" in words and job.kind != "steps"
             assert splits == {"test"} if tests else "test" not in splits
@@ -125,10 +127,12 @@ def test_fewer_questions_are_the_first_ones_and_rounds_go_through_all(home):
     assert rows(home, "questions-30") == questions[:30] and rows(home, "steps-30") == steps[:30]
     answers = rows(home, "answers-30")
     assert [row["answer"] for row in answers] == [row["answer"] for row in questions[:30]]
-    assert not any("hops" in row for row in answers + rows(home, "answers"))
-    ids = [row["id"] for i in range(3) for row in rows(home, f"round-{i}")]
-    assert ids == ([row["id"] for row in questions] * 2)[:300]
-    assert len(rows(home, "round-30-1")) == 100
+    for row in answers + rows(home, "answers"):         # a kind says which bases are gold
+        assert set(row) == {"id", "question", "answer", "image"}
+    asked = [row["question"] for i in range(3) for row in rows(home, f"round-{i}")]
+    assert asked == ([row["question"] for row in questions] * 2)[:300]
+    some, faults = load_questions(home / "round-30-1.jsonl")
+    assert len(some) == 100 and not faults
 
 
 def test_bare_steps_differ_in_their_thoughts_alone(home):
@@ -169,7 +173,8 @@ def test_curves_add_up_time_and_tokens_of_all_rounds(tmp_path, monkeypatch):
     """Two rounds of rejection sampling: 30 and 50 tokens sampled in 4 s each, trained 10 s and
     20 s. The second round was the better one."""
     monkeypatch.chdir(tmp_path)
-    job, scale = Job("main", experiment.REJECTION, 0, "train", 1.0), Scale(rounds=2)
+    name, scale = experiment.REJECTION, Scale(rounds=2)
+    job = Job("main", name, 0, "train", name, 1.0)
     folder = experiment.folder_of(job, scale)
     for i, (tokens, seconds) in enumerate(((30, 10.0), (50, 20.0))):
         cost = {"generated_tokens": tokens, "seconds_model": 3.5, "seconds_search": 0.5}
@@ -189,7 +194,7 @@ def test_curves_add_up_time_and_tokens_of_all_rounds(tmp_path, monkeypatch):
 def test_the_curve_and_the_routes_of_a_run(tmp_path, monkeypatch):
     """Four updates of 7 tokens in a second each; a validation behind the third."""
     monkeypatch.chdir(tmp_path)
-    job, scale = Job("main", experiment.STEP, 0, "train", 1.0), Scale()
+    job, scale = Job("main", experiment.STEP, 0, "train", experiment.STEP, 1.0), Scale()
     log = experiment.folder_of(job, scale) / "log.jsonl"
     logged = [{"step": i, "tokens": 7, "seconds": i, "asked:text": i / 10} for i in range(1, 5)]
     validation = {"step": 3, "validation": {"f1_recall": 0.7, "tokens": 300}, "seconds": 3}
@@ -272,11 +277,39 @@ def test_the_best_rate_is_bold():
     assert tables.rates_table({"rates": some}).splitlines()[2] == "| x | 0.500 | **0.900** |"
 
 
+def test_every_table_and_figure_is_made_of_the_rows_of_a_whole_plan(tmp_path):
+    """A made-up row for every job of the plan at full scale: no part is left out."""
+    scale, stored = Scale(), {}
+    for job in experiment.plan(scale):
+        made_up = row(job.name, job.seed, "1101", {"a": 0.5, "moved": 0.5}, **{
+            key: getattr(job, key) for key in ("part", "kind", "setting", "tag", "start", "rate")})
+        [test] = made_up.pop("tests").values()
+        half = {"n": 4, "right": 0.5, "corr": 0.5, "end_if_right": 0.5, "end_if_wrong": None}
+        test |= {"abstention": dict.fromkeys(("precision", "recall", "f1"), 0.5),
+                 "latency": dict.fromkeys(("model", "search", "both"), [0.5, 0.9]),
+                 "steps": {"answer": half}}
+        test |= dict.fromkeys(("model_calls", "tokens_read", "tokens_written"), 1.0)
+        names = [f"{Path(words[words.index('--world') + 1]).name} {method}"
+                 for words in experiment.commands_of(job, scale) if "--json" in words
+                 for method in (("router", "oracle") if job.kind == "depth" else ("router",))]
+        curve = made_up["curve"] if job.kind in ("train", "steps") else []
+        stored.setdefault(job.part, []).append(
+            {**made_up, "curve": curve, "tests": dict.fromkeys(names, test)})
+    texts = tables.sections(stored, tmp_path)
+    assert "(not run yet)" not in "".join(texts.values())
+    assert all(goal["got"] is not None for goal in tables.goals(stored))
+    tables.write_tables(stored, tmp_path)
+    drawn = sorted(file.name for file in tmp_path.glob("*.png"))
+    assert drawn == ["annotation.png", "axis.png", "main-seconds.png", "main-tokens.png"]
+    assert len(texts["dials"].splitlines()) == 2 + 4 + 1 + 3 and "+0.000" in texts["dial pairs"]
+    assert len(texts["depth"].splitlines()) == 2 + 2 * 3 and texts["depth"].count(" - ") == 2
+
+
 def test_goals_hold_or_do_not_and_say_where_nothing_was_run():
     """0.96 of 0.95 wanted holds, 0.75 does not; no dial was run."""
     some = [row(tables.STEP, 0, "1" * 24 + "0"), row(tables.STATE, 0, "1110")]
     goals = tables.goals({"main": some, "dials": [], "next": []})
-    assert [goal["holds"] for goal in goals] == [True, True, False, None, None, None]
+    assert [goal["holds"] for goal in goals] == [True, True, False, None, None, None, None]
     assert goals[0]["got"] == 0.96
 
 
@@ -303,7 +336,9 @@ def test_the_pages_show_what_the_stored_results_say():
     out = ROOT / "results"
     stored = {part: experiment.current(part, Scale(), out) for part in experiment.PARTS}
     parts = tables.sections(stored, out)
-    assert "<!-- speed -->" in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for name, text in parts.items():
+        assert f"<!-- {name} -->" in results or name == "main in short" or "(not run" in text
     for path in (ROOT / "docs" / "results.md", ROOT / "README.md"):
         page = path.read_text(encoding="utf-8")
         assert tables.fill(page, parts) == page

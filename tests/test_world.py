@@ -336,32 +336,11 @@ def test_numbers_of_history_and_evidence_go_beyond_those_of_two_hops(folder):
     assert 0.35 < first.count(1) / len(first) < 0.65
 
 
-def test_presence_is_practised_with_and_without_the_fact(folder):
-    """What is answered stands in the evidence, what is unknown does not; neither is rare."""
-    unknown = []
-    for row in rows(folder / "presence.jsonl"):
+def test_a_wrong_base_does_not_say(folder):
+    for row in rows(folder / "absent.jsonl"):
         [step] = row["steps"]
-        evidence, question = step["problem"].rsplit("Question: ", 1)
-        [name] = names_in(question)
-        unknown.append(step["answer"] == "unknown")
-        if unknown[-1]:
-            need = step["thought"].split()[2]
-            assert step["thought"] == f"{name} no {need} unknown"
-            assert not re.search(rf"{name} (cup )?(has )?{need}", evidence)
-        else:
-            assert step["thought"].removesuffix(f" {step['answer']}") in evidence
-    assert 0.4 < np.mean(unknown) < 0.75
-
-
-def test_verdicts_are_right_and_neither_is_rare(folder):
-    verdicts = []
-    for row in rows(folder / "verdict.jsonl"):
-        [step] = row["steps"]
-        found, stated = step["thought"].split(" is it ")
-        assert f"Answer1: {found}\n" in step["problem"] and f"Is it {stated}?" in step["problem"]
-        verdicts.append(found == stated)
-        assert step["answer"] == ["yes" if verdicts[-1] else "no"]
-    assert 0.3 < np.mean(verdicts) < 0.7
+        [name] = names_in(step["problem"].rsplit("Question: ", 1)[1])
+        assert step["answer"] == "unknown" and step["thought"].startswith(f"{name} no ")
 
 
 # --------------------------------------------------------------------------------- demonstrations
