@@ -2,7 +2,7 @@
 #   make demo       answer questions of the embedded world with the shipped tiny model, and print the score table
 #   make test       run the tests
 # and then:
-#   make train      160 updates of Step-GRPO (three minutes) from the weak start, with the table of a held-out world before and after
+#   make train      160 updates of Step-GRPO (four minutes) from the weak start, with the table of a held-out world before and after
 #   make weights    train both shipped models anew (SEED=0)
 #   make experiment the full study, which can be stopped and continued (QUICK=1: at toy scale)
 #   make soak       kills, a million generated inputs and long runs
