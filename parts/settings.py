@@ -150,7 +150,7 @@ def complete(flags):
             if name in flags:
                 raise ValueError(f"{flag_of(name)} does nothing in --mode outcome, where the "
                                  "recall of the final answer is the only reward: leave it out")
-        flags.setdefault("steps", 150)          # six minutes of a core
+        flags.setdefault("steps", 150)          # some eight minutes of a core
         flags.setdefault("fill", 4)             # of 8 questions: waiting for all takes too long
         if flags.get("credit", "state") == "state":
             flags.setdefault("balance", False)  # it would need gold routes
