@@ -2,7 +2,7 @@
 demonstrations with fresh names, baselines, and practice tasks.
 
     world, its questions -> steps with fresh names    -> fresh, weak, baselines
-    world                -> single steps of one skill -> copy, absent, compare, describe
+    world                -> single steps of one skill -> copy, absent, verdict, compare, describe
 
 What all of it is for: docs/world.md.
 """
@@ -12,13 +12,13 @@ import re
 
 from lab.world import (MOVES, NAME, RETRIEVERS, ans_step, as_text, compare_question, describe,
                        final_step, gold_steps, look_question, make_hop, random_flag, step_row,
-                       take_photo, write_lines)
+                       take_photo, write_lines, yes_no)
 from parts.steps import PREFIX, UNKNOWN
 
 
 # Deeper questions and other -k have numbers that the questions to train on seldom reach: a label
 # like "Answer3:" is one token, which a model that never saw it cannot read.
-EVIDENCE_LINES = (1, 2, 2, 2, 3, 4, 5)
+EVIDENCE_LINES = (1, 2, 2, 2, 3, 4, 5, 5)
 LABEL = re.compile(r"(Sub-question|Answer)(\d+):")
 LABELS = 9                  # that are one token (lab/tiny.py)
 
@@ -70,9 +70,12 @@ def weak_steps(world, q, rng, k=2):
 
     What is left to learn by reinforcement is exactly when, where and what to retrieve; reading is
     taught, or no reward has a signal. The useless half is one third too vague (the whole question),
-    one third an early stop, one third some hop of the question, whether it is its turn or not.
+    one third an early stop, one third some hop of the question, whether it is its turn or not. Of a
+    question in which a base has no answer only the reading is taught, not that another is asked.
     """
     steps = gold_steps(world, q, rng, k)
+    if any(hop["answer"] == UNKNOWN for hop in q["hops"]):
+        return [step for step in steps if step["step_type"] == "ans"]
     for step in steps:
         if step["step_type"] != "ret":
             continue
@@ -112,6 +115,11 @@ def baseline_steps(world, q, rng, k=2):
 
 # ----------------------------------------------------------------------------------- practice tasks
 
+def random_value(world, move, rng):
+    """A value that a move could lead to."""
+    return str(rng.randint(10, 99)) if MOVES[move].target == "number" else rng.choice(world.names)
+
+
 def copy_task(world, rng):
     """Practice in reading: facts in one order, said again in another, then one value.
 
@@ -139,6 +147,16 @@ def absent_task(world, rng):
     hop = make_hop(move, entity, UNKNOWN, base)
     evidence = world.evidence(base, hop["query"], rng, rng.choice(EVIDENCE_LINES))
     return [ans_step(hop["query"], evidence, UNKNOWN, f"{hop['quote']} {UNKNOWN}", None)]
+
+
+def verdict_task(world, rng):
+    """Practice in saying yes or no: the last step of a question that states its answer."""
+    move = rng.choice([move for move in world.facts if move != "flag"])
+    value, other = random_value(world, move, rng), random_value(world, move, rng)
+    entity = rng.choice(world.names)
+    hop = make_hop(move, entity, value, MOVES[move].base)
+    q = {"question": hop["query"], "answer": value, "photo": None}
+    return [final_step(yes_no(q, [other], rng), [(hop["query"], value)])]
 
 
 def compare_task(world, rng):
@@ -182,4 +200,5 @@ def write_practice(out, world, rows, seed, amount, peel=False):
     write_lines(out / "describe.jsonl", descriptions())
     write_lines(out / "copy.jsonl", practised(copy_task, 3 * amount))
     write_lines(out / "compare.jsonl", practised(compare_task, amount))
+    write_lines(out / "verdict.jsonl", practised(verdict_task, 2 * amount))
     write_lines(out / "absent.jsonl", practised(absent_task, amount))

@@ -682,8 +682,7 @@ def choose_kinds(kinds, names, hops, compositions):
 
 # Of a world, by folder. lab/practice.py writes the practice files.
 PICTURES = {"flags": r"\d+\.png", "photos": r"\d+-\d\.jpg", "practice": r"\d+\.jpg"}
-PRACTICE_FILES = ("fresh", "weak", "baselines", "describe", "copy", "compare",
-                  "absent")
+PRACTICE_FILES = ("fresh", "weak", "baselines", "describe", "copy", "compare", "verdict", "absent")
 
 
 def make_room(out):

@@ -343,6 +343,17 @@ def test_a_wrong_base_does_not_say(folder):
         assert step["answer"] == "unknown" and step["thought"].startswith(f"{name} no ")
 
 
+def test_a_verdict_says_whether_the_known_answer_is_the_stated_one(folder):
+    answers = []
+    for row in rows(folder / "verdict.jsonl"):
+        [step] = row["steps"]
+        known = re.search(r"Answer1: (\w+)", step["problem"])[1]
+        stated = re.search(r"Is it (\w+)\?", step["problem"])[1]
+        assert step["answer"] == ["yes" if known == stated else "no"]
+        answers += step["answer"]
+    assert 0.2 < answers.count("yes") / len(answers) < 0.8
+
+
 # --------------------------------------------------------------------------------- demonstrations
 
 def test_problems_are_those_that_the_router_renders(folder):
@@ -409,6 +420,22 @@ def test_weak_demonstrations_are_weak_where_they_should_be(folder):
                 numbers += 1
     assert 0.15 < np.mean(right_routes) < 0.45 and 0.4 < np.mean(same_lengths) < 0.85
     assert numbers
+
+
+def test_a_weak_model_is_not_taught_to_ask_again(tmp_path):
+    """Of a question in which a base has no answer there are reading steps alone."""
+    made("lab.world", "--split", "train", "--countries", 40, "--questions", 130, "--moved", 0.3,
+         "--practice", 1, "--out", tmp_path / "w")
+    asked_again = 0
+    for weak_row, gold_row in zip(rows(tmp_path / "w" / "weak.jsonl"),
+                                  rows(tmp_path / "w" / "steps.jsonl")):
+        again = any(step["answer"] == "unknown" for step in gold_row["steps"])
+        asked_again += again
+        if again:
+            assert {step["step_type"] for step in weak_row["steps"]} == {"ans"}
+        else:
+            assert len(weak_row["steps"]) == len(gold_row["steps"])
+    assert asked_again > 10
 
 
 # --------------------------------------------------------------------------------------- pictures
