@@ -204,7 +204,7 @@ def sample_groups(o, source, number):
 def set_advantages(o, group):
     rewards = torch.tensor(group.rewards)                                               # (n,)
     one_group = torch.zeros_like(rewards)
-    group.advantages = group_advantages(rewards, one_group, o.scale)                    # Eq. 3
+    group.advantages = group_advantages(rewards, one_group, o.scale, o.eps)             # Eq. 3
 
 
 # --------------------------------------------------------------------------- where groups come from
@@ -454,10 +454,11 @@ class Outcome:
 
     def advantages(self, trajectories, rewards):
         """For each trajectory of a question the advantages of its steps."""
-        if self.o.credit == "state":
-            return state_advantages(rewards, states_of(trajectories), self.o.scale)     # Eq. 7
+        o = self.o
+        if o.credit == "state":
+            return state_advantages(rewards, states_of(trajectories), o.scale, o.eps)   # Eq. 7
         rewards = torch.tensor(rewards)
-        of_trajectories = group_advantages(rewards, torch.zeros_like(rewards), self.o.scale)
+        of_trajectories = group_advantages(rewards, torch.zeros_like(rewards), o.scale, o.eps)
         return [A.expand(len(t.steps)) for A, t in zip(of_trajectories, trajectories)]  # Eq. 3
 
 

@@ -45,6 +45,7 @@ TRAINING = {
     "rest": Setting(0.0, TRAINER),
     "tries": Setting(1, TRAINER),
     "form": Setting("published", "Easy-R1/verl/utils/reward_score/step.py"),
+    "eps": Setting(1e-6, "EasyR1 verl/trainer/core_algos.py"),
     "level": Setting("sequence", EXAMPLE),          # micro-batches of one output, each a mean
     "entropy_coef": Setting(1e-3, ACTOR),
     "entropy_on": Setting("all", "Easy-R1/verl/workers/actor/dp_actor.py"),

@@ -94,6 +94,8 @@ class GrpoOptions(TrainOptions):
                               choices=("published", "recall", "f1", "exact"))
     price: float = option(0.0, "taken off the reward for each retrieval asked for")
     scale: bool = option(True, "divide advantages by the group's standard deviation")
+    eps: float = option(0.2, "added to that deviation: groups whose rewards differ by less teach "
+                        "less; outcome: by default 1e-6")
     clip: float = option(0.2, "the ratio is clipped below 1 - clip")
     clip_high: float = option(0.0, "the ratio is clipped above 1 + clip_high; 0: as --clip")
     kl_coef: float = option(0.0, "weight of the KL term; 0 computes no reference")
@@ -152,6 +154,7 @@ def complete(flags):
                                  "recall of the final answer is the only reward: leave it out")
         flags.setdefault("steps", 150)          # some eight minutes of a core
         flags.setdefault("fill", 4)             # of 8 questions: waiting for all takes too long
+        flags.setdefault("eps", 1e-6)           # rewards differ by whole answers
         if flags.get("credit", "state") == "state":
             flags.setdefault("balance", False)  # it would need gold routes
 

@@ -340,12 +340,12 @@ def test_sampling_goes_on_until_enough_groups_are_mixed():
             return made, {"too_long": 1, "retrievals": 3.0, "reward_s": 0.5}
 
     for fill, tries, times in ((3, 4, 3), (3, 2, 2), (1, 4, 1), (9, 1, 1)):
-        o = train.GrpoOptions(fill=fill, tries=tries)
+        o = train.GrpoOptions(fill=fill, tries=tries, eps=0.5)
         groups, counts = train.sample_groups(o, Source(), 0)
         assert len(groups) == 2 * times and sum(group.teaches for group in groups) == times
         assert counts == {"too_long": times, "retrievals": 3.0, "reward_s": times / 2}
-    # (1 - 1/2) / sqrt(1/2)
-    assert groups[0].advantages.tolist() == pytest.approx([0.7071, -0.7071], abs=1e-4)
+    # (1 - 1/2) / (sqrt(1/2) + 1/2)
+    assert groups[0].advantages.tolist() == pytest.approx([0.4142, -0.4142], abs=1e-4)
 
 
 def test_outcome_mode_samples_until_enough_questions_are_mixed():
@@ -407,7 +407,7 @@ def test_outcome_groups_by_hand(credit, alone):
             assert questions[0] == questions[1] and questions[2] == questions[3]
             return trajectories
 
-    o = train.GrpoOptions(mode="outcome", questions=2, group=2, credit=credit)
+    o = train.GrpoOptions(mode="outcome", questions=2, group=2, credit=credit, eps=1e-6)
     run_ = SimpleNamespace(state={}, generator=None, now=lambda: 0.0)
     groups, counts = train.Outcome(o, run_, Router(), [first, second]).groups(random.Random(0))
     by_prompt = {}
@@ -491,7 +491,7 @@ def test_a_shown_question_has_the_advantages_of_its_rewards(world):
         assert len(lines) in (0, 6)
         if lines:
             rewards, advantages = torch.tensor([[float(x) for x in line] for line in lines]).T
-            expected = group_advantages(rewards, torch.zeros(6))
+            expected = group_advantages(rewards, torch.zeros(6), eps=0.2)
             assert torch.allclose(advantages, expected, atol=0.02)
             mixed += bool(expected.any())
     assert mixed and "  evidence " in done.stdout
