@@ -15,15 +15,15 @@ RUN = .venv/bin/python
 .PHONY: demo test train weights experiment soak assignment grade
 
 demo: .venv/ready data/demo/questions.jsonl
-	$(RUN) infer.py --world data/demo --method router direct static text --show 5 --threads 1
+	$(RUN) infer.py --world data/demo --method router direct static text --show 5
 
 test: .venv/ready-dev
 	$(RUN) -m pytest -q -n 2 --dist loadfile tests
 
 train: .venv/ready data/test/questions.jsonl
-	$(RUN) infer.py --model weights/tiny-warm --world data/test --threads 1
-	$(RUN) train.py grpo --follow best --steps 160 --val-every 40 --threads 1 --seed $(SEED) --out runs/step-grpo
-	$(RUN) infer.py --model runs/step-grpo/best --world data/test --threads 1
+	$(RUN) infer.py --model weights/tiny-warm --world data/test
+	$(RUN) train.py grpo --follow best --steps 160 --val-every 40 --seed $(SEED) --out runs/step-grpo
+	$(RUN) infer.py --model runs/step-grpo/best --world data/test
 
 experiment: .venv/ready-dev
 	$(RUN) -m lab.experiment $(if $(QUICK),--quick --out runs/results-quick)

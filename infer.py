@@ -29,6 +29,7 @@ import os
 import random
 import sys
 import time
+from argparse import SUPPRESS
 from collections import Counter, deque
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
@@ -43,7 +44,7 @@ from parts.chat import Processor
 from parts.evaluate import evaluate_routers, questions_of, report, score_files, world_of
 from parts.questions import HERE, ROUTING, embedded_world, load_questions
 from parts.score import answer_scores                       # noqa: F401, a public name
-from parts.show import Chat, print_trace
+from parts.show import Chat, greeting, knows_follow_ups, print_trace
 from parts.stepfiles import demonstrations, load_prompts, load_steps, with_demonstrations
 from parts.steps import (BASES, BASE_OF, NONE, PROMPTS, AnswerStep, RouteStep, StepError,
                          answer_problem, conversation, final_problem, parse_step, route_problem)
@@ -52,7 +53,7 @@ from parts.vision import load_picture
 from plumbing.files import run_command
 from plumbing.options import (OneLineParser, add_flags, check_options, flag_of, from_flags,
                               option)
-from plumbing.weights import usable_device
+from plumbing.weights import check_model, usable_device, use_threads
 from retrieve import load_bases, world_bases
 
 # --------------------------------------------------------------------------------------- 1 methods
@@ -540,7 +541,7 @@ class Flags:
     shots: int = flag(2, "how many rows of --demos fewshot shows", *ANSWERING, least=1)
     device: str = flag("cpu", "cpu, cuda, ...")
     dtype: str = flag("float32", "of the weights", choices=("float32", "bfloat16", "float16"))
-    threads: int = flag(0, "CPU threads; 1 is best for the tiny model [as torch likes]", most=1024)
+    threads: int = flag(0, "CPU threads [1 for a small model, else as torch likes]", most=1024)
     json: bool = flag(False, "print JSON only")
 
 
@@ -551,7 +552,12 @@ def parse_flags(words):
                            "evaluate methods on many.")
     add_flags(parser, Flags)
     add_flags(parser, RouterOptions)
+    parser.add_argument("words", nargs="*", help=SUPPRESS)
     args = parser.parse_args(words)
+    if args.words:
+        raise ValueError(f"{args.words[0]!r} stands alone: a question goes behind --question, files "
+                         "of questions behind --eval")
+    del args.words
     flags = from_flags(Flags, args)
     modes_of = {f.name: ANSWERING for f in fields(RouterOptions)}
     modes_of |= {f.name: f.metadata["modes"] for f in fields(Flags)}
@@ -609,8 +615,6 @@ def check_files(flags):
 def command(words):
     """Scores result files, chats, answers one question, or evaluates methods on many."""
     mode, flags, options = parse_flags(words)
-    if flags.threads > 0:
-        torch.set_num_threads(flags.threads)
     if mode == "score":
         tables, left_out, comparison = score_files(flags.score, flags.limit)
         report(tables, left_out, flags.json, comparison)
@@ -623,12 +627,17 @@ def command(words):
         raise ValueError(f"--write-steps with --method {' '.join(methods)}: only "
                          f"{' and '.join(ROUTING)} make steps")
     world = Path(flags.world) if flags.world else None
+    if world and not world.is_dir():
+        raise ValueError(f"--world {world}: no such folder: a world has text.jsonl, image.jsonl, "
+                         "table.jsonl and questions.jsonl")
     if world is None and not flags.kb:
         world = embedded_world("demo", "test", 1000, 200)
 
     if mode == "chat":
         make_router = router_maker(flags, options, world, BASES)
-        Chat(make_router, methods[0], flags.image, flags.json).run()
+        hello = greeting(flags.model, make_router(methods[0]).bases, world)
+        follow_ups = knows_follow_ups(flags.model)
+        Chat(make_router, methods[0], flags.image, flags.json, hello, follow_ups).run()
         return
     if mode == "question":
         question = one_question(flags, options.seed, world)
@@ -658,7 +667,9 @@ def router_maker(flags, options, world, needed):
         prompts = load_prompts(flags.prompts or trained_with)
     shown = load_steps(flags.demos, flags.shots) if flags.demos else None
     bases = load_bases(flags.kb) if flags.kb else world_bases(world, needed)
+    check_model(flags.model)
     vlm = VLM.from_pretrained(flags.model, dtype=getattr(torch, flags.dtype), device=device)
+    use_threads(flags.threads, vlm.model)
     processor = Processor.from_pretrained(flags.model)
 
     def make_router(method):

@@ -70,7 +70,7 @@ from plumbing.options import OneLineParser, add_flags, from_flags
 from plumbing.ranks import (backward, expect_pictures, first_rank_first, gather, in_step,
                             join_ranks, leave_ranks, mine, tell, together, total)
 from plumbing.run import DEFAULT_RATE, open_run, reading_checkpoint
-from plumbing.weights import usable_device
+from plumbing.weights import check_model, usable_device, use_threads
 from retrieve import load_bases, world_bases
 
 
@@ -549,14 +549,14 @@ def load_model(o):
     path, dtype = Path(o.model), getattr(torch, o.dtype)
     if not path.is_dir():
         raise ValueError(f"--model {path}: no such directory")
+    check_model(path)
     usable_device(o.device)
-    if o.threads:
-        torch.set_num_threads(o.threads)
     random_weights = not any(path.glob("*.safetensors"))
     if random_weights:
         model = VLM.from_config(path, o.seed, dtype, o.device)
     else:
         model = VLM.from_pretrained(path, dtype, o.device)
+    use_threads(o.threads, model.model)
     model.model.gradient_checkpointing = o.checkpointing
     return model, Processor.from_pretrained(path), random_weights
 

@@ -112,6 +112,9 @@ def load_questions(path, images=None, limit=None):
     line_of = {}                                                # id -> line
 
     def check(row, number):
+        if "question" not in row and ("text" in row or "steps" in row):
+            found = "a passage" if "text" in row else "steps"
+            raise ValueError(f"{found} and no question: give a file of questions")
         if not isinstance(row.get("question"), str) or not row["question"].strip():
             raise ValueError("empty question: give it some words")
         if row.get("id") is not None:

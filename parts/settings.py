@@ -18,7 +18,7 @@ class TrainOptions(RunOptions):
                         "in any case", choices=("float32", "bfloat16"))
     checkpointing: bool = option(False, "compute activations again in the backward pass instead of "
                                  "keeping them")
-    threads: int = option(0, "CPU threads of torch; 0 leaves torch's choice", most=1024)
+    threads: int = option(0, "CPU threads; 0: one for a small model, else as torch likes", most=1024)
     val_world: str = option("", "a world to validate on through the router, for the choice of the "
                             "best checkpoint; by default the embedded one")
     val: str = option("", "a file to validate on in its place: questions, asked through the router "
@@ -152,7 +152,7 @@ def complete(flags):
             if name in flags:
                 raise ValueError(f"{flag_of(name)} does nothing in --mode outcome, where the "
                                  "recall of the final answer is the only reward: leave it out")
-        flags.setdefault("steps", 150)          # some eight minutes of a core
+        flags.setdefault("steps", 180)          # some six minutes of a core
         flags.setdefault("fill", 4)             # of 8 questions: waiting for all takes too long
         flags.setdefault("eps", 1e-6)           # rewards differ by whole answers
         if flags.get("credit", "state") == "state":

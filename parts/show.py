@@ -2,13 +2,14 @@
 import json
 import os
 import sys
+from pathlib import Path
 
-from parts.questions import golds_of, plans_of, predicted
+from parts.questions import golds_of, load_questions, plans_of, predicted
 from parts.score import answer_scores
 from parts.steps import BASES, NONE, PREFIX
 from parts.trajectory import result_row
 from parts.vision import load_picture
-from plumbing.files import printable, say, stop_code
+from plumbing.files import printable, read_json, say, stop_code
 
 GREY, RED, GREEN, CYAN, BOLD = "2", "31", "32", "36", "1"           # ANSI codes
 
@@ -80,13 +81,36 @@ def print_plan(plan):
 
 # ----------------------------------------------------------------------------------------- a chat
 
-CHAT_HELP = """\
-A line is a question, which sees the question and answer before it. Commands:
+FOLLOW_UPS = "A line is a question, which sees the question and answer before it."
+ALONE = "Each line is a question of its own: this model was not trained on follow-ups."
+COMMANDS = """\
   :image FILE   a picture for the questions that follow; :image alone takes it away
   :base NAME    ask text, image or table only; :base alone lets the model choose again
   :trace        show the steps of each answer, or stop showing them
   :new          forget the question before, as a new picture does too
   :help  :quit"""
+
+
+def greeting(model, bases, world):
+    """What a chat begins with: the model, its bases, and questions of the world, where they are a
+    world's: one look-up, two, and two about a picture."""
+    sizes = [f"{name} ({len(base):,} passages)" for name, base in bases.items()]
+    lines = [f"{model} over {', '.join(sizes)}."]
+    rows = load_questions(world / "questions.jsonl", limit=100)[0] if world else []
+    for picture, hops in ((False, 1), (False, 2), (True, 2)):
+        for row in rows:
+            if bool(row["image"]) == picture and len(row.get("hops") or ()) == hops:
+                shown = f":image {row['image']}\n  " if picture else ""
+                lines.append(f"  {shown}{row['question']}")
+                break
+    return "\n".join(lines)
+
+
+def knows_follow_ups(model):
+    """Whether a model directory says that its model was trained on them ("follow_ups": true in
+    generation_config.json)."""
+    file = Path(model) / "generation_config.json"
+    return file.is_file() and read_json(file).get("follow_ups") is True
 
 
 class Chat:
@@ -97,9 +121,11 @@ class Chat:
     on from there.
     """
 
-    def __init__(self, make_router, method, image, as_json):
-        """make_router(method=name) returns a Router; `method` is the one to begin with."""
+    def __init__(self, make_router, method, image, as_json, hello="", follow_ups=False):
+        """make_router(method=name) returns a Router; `method` is the one to begin with. Without
+        `follow_ups` no question sees the one before it."""
         self.make_router, self.method, self.as_json = make_router, method, as_json
+        self.hello, self.follow_ups = hello, follow_ups
         self.router = make_router(method=method)
         self.former = ()                    # the exchange before, a list of one (question, answer)
         self.trace = False
@@ -111,7 +137,8 @@ class Chat:
         sys.stdin.reconfigure(errors="replace")
         prompt = "> " if sys.stdin.isatty() else ""
         if not self.as_json:
-            print(CHAT_HELP)
+            print(self.hello)
+            self.help()
         try:
             while True:
                 line = input(prompt).strip()
@@ -136,21 +163,32 @@ class Chat:
         elif line:
             self.ask(line)
 
+    def help(self):
+        print(f"{FOLLOW_UPS if self.follow_ups else ALONE} Commands:\n{COMMANDS}")
+
     def command(self, name, value):
+        """Does what a command asks for, and confirms it."""
+        done = ""
         if name == "image":
             self.show_picture(value)
+            done = self.image or "none"
         elif name == "base":
             if value and value not in BASES:
                 raise ValueError(f":base {value}: give one of {', '.join(BASES)}, or nothing")
             self.router = self.make_router(method=value or self.method)
+            done = f"asks {value} only" if value else f"{self.method} again"
         elif name == "trace":
             self.trace = not self.trace
+            done = "on" if self.trace else "off"
         elif name == "new":
             self.former = ()
+            done = "the question before is forgotten"
         elif name == "help":
-            print(CHAT_HELP)
+            self.help()
         else:
             raise ValueError(f":{name}: no such command, :help names them")
+        if done and not self.as_json:
+            print_line(name, done)
 
     def show_picture(self, path):
         """The picture of the questions that follow; "" for none."""
@@ -164,7 +202,8 @@ class Chat:
         row = {"question": question, "image": self.image, "former": self.former}
         [trajectory] = self.router.run([row])
         result = result_row(trajectory)
-        self.former = [(question, trajectory.answer)] if trajectory.answer else ()
+        goes_on = self.follow_ups and trajectory.answer
+        self.former = [(question, trajectory.answer)] if goes_on else ()
         if self.as_json:
             print(json.dumps(result, ensure_ascii=False), flush=True)
         elif self.trace:

@@ -109,8 +109,8 @@ def read_manifest(path):
     """The manifest of a base, if this program can read it and nobody changed it since."""
     file = Path(path) / "manifest.json"
     if not file.is_file():
-        raise ValueError(f"{path}: no knowledge base here (no manifest.json): make one with "
-                         "retrieve.py build")
+        there = "its bases lie in kb/" if (Path(path) / "kb").is_dir() else "make one with build"
+        raise ValueError(f"{path}: no knowledge base here (no manifest.json): {there}")
     manifest = read_json(file)
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{file}: not of format {FORMAT}, which this program reads: build the "

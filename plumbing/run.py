@@ -25,12 +25,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from plumbing.files import (lock, point, read_json, remove, replacing, settle, time_left,
                             whole_lines, write_json)
 from plumbing.options import check_options, fill, flag_of, option
 from plumbing.ranks import empty, full, gather, rank, sharded, share_of, tell
+from plumbing.weights import write_weights
 
 
 DEFAULT_RATE = 3e-4
@@ -305,7 +306,7 @@ class Run:
     def write_checkpoint(self, folder, stored):
         with replacing(folder) as new:
             self.save_model(new, self.plain)
-            save_file(stored, new / "trainer.safetensors")
+            write_weights(stored, new / "trainer.safetensors")
             write_json(new / "trainer.json", self.state)
             settle(*(self.path / log for log in LOGS if (self.path / log).exists()))
 

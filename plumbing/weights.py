@@ -103,10 +103,31 @@ def misfit(name, stored, shapes, tensors):
     return None
 
 
+SMALL = 10e6                # weights of a model whose matrices are too small to share a product
+
+
+def use_threads(number, network):
+    """Lets torch use so many threads of the CPU. 0: one for a small network, else as it likes."""
+    small = sum(weight.numel() for weight in network.parameters()) < SMALL
+    if number or small:
+        torch.set_num_threads(number or 1)
+
+
+def check_model(path):
+    """ValueError for what is no model directory: it lacks more than one file, and all are named. Of
+    a single one its reader speaks."""
+    missing = [name for name in ("config.json", "tokenizer.json") if not Path(path, name).is_file()]
+    if not any(Path(path).glob("*.safetensors")):
+        missing.append("model.safetensors")
+    if len(missing) > 1:
+        raise ValueError(f"{path}: no model here: it lacks {', '.join(missing)}")
+
+
 def write_weights(tensors, path):
     """Writes {name: tensor} as one safetensors file, whole or not at all."""
     with replacing(path) as new:
         save_file(tensors, new, metadata={"format": "pt"})
+        new.chmod(0o644)                                    # it is made for its owner alone
 
 
 def write_shards(tensors, folder, shard_bytes):

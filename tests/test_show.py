@@ -1,14 +1,15 @@
 """What the terminal shows: the trace of a question, the chat."""
 import io
 import json
+import re
 import sys
 
 import pytest
 from PIL import Image
 
-from conftest import run
+from conftest import made, run
 from parts.evaluate import print_table
-from parts.show import CHAT_HELP, Chat, print_trace
+from parts.show import ALONE, COMMANDS, FOLLOW_UPS, Chat, print_trace
 from parts.steps import final_problem, render_answer, render_route, route_problem
 from parts.trajectory import result_row
 from scripted import cli, scripted
@@ -83,14 +84,17 @@ def test_a_question_or_passage_forges_no_line(bases, capsys):
 
 @pytest.fixture
 def chat(capsys, monkeypatch):
-    """What a chat prints when it is given these lines: stdout and stderr."""
-    def chat(make_router, *lines, method="router"):
+    """What a chat prints when it is given these lines: stdout without its beginning, and stderr."""
+    def chat(make_router, *lines, method="router", follow_ups=True):
         capsys.readouterr()
         text = "\n".join(lines).encode()
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
-        Chat(make_router, method, None, False).run()
+        Chat(make_router, method, None, False, "Hello.", follow_ups).run()
         out, err = capsys.readouterr()
-        return out.removeprefix(CHAT_HELP + "\n").splitlines(), err.splitlines()
+        first = FOLLOW_UPS if follow_ups else ALONE
+        beginning = f"Hello.\n{first} Commands:\n{COMMANDS}\n"
+        assert out.startswith(beginning)
+        return out.removeprefix(beginning).splitlines(), err.splitlines()
     return chat
 
 
@@ -108,13 +112,19 @@ def test_a_follow_up_sees_the_question_before(bases, tmp_path, chat):
         return scripted(bases, reply, **options)[1]
 
     out, err = chat(make_router, "What is the capital?", "Who is its mayor?", ":new", "Who?")
-    assert out == ["  answer    Ortal", "  answer    Vesna", "  answer    Vesna"] and len(err) == 1
+    assert out == ["  answer    Ortal", "  answer    Vesna",
+                   "  new       the question before is forgotten", "  answer    Vesna"]
+    assert len(err) == 1
     before = [("What is the capital?", "Ortal")]
     expected = []
     for question, history in ((before[0][0], []), ("Who is its mayor?", before), ("Who?", [])):
         expected.append(f"R\n{route_problem(question, history, False)}")
         expected.append(f"F\n{final_problem(question, history, False)}")
     assert prompts == expected
+    # a model that knows no follow-ups sees none
+    prompts.clear()
+    chat(make_router, "What is the capital?", "Who is its mayor?", follow_ups=False)
+    assert prompts[2] == f"R\n{route_problem('Who is its mayor?', [], False)}"
     # a base that is forced is asked once, with the question before in front of the question
     prompts.clear()
     chat(make_router, ":base text", "What is the capital?", "Who is its mayor?", ":base", "Who?")
@@ -142,7 +152,7 @@ def test_mistakes_in_a_chat_take_a_line_each_and_it_goes_on(bases, chat, monkeyp
               ":sing: no such command"]
     assert len(err) == 4 and all(text in line for text, line in zip(wanted, err))
     assert out[:2] == ["  answer    x", "Who?   [question, direct]"]
-    assert "  think     a thought" in out and out[-1] == CHAT_HELP.splitlines()[-1]
+    assert "  think     a thought" in out and out[-1] == COMMANDS.splitlines()[-1]
     assert sum(line == "  answer    x" for line in out) == 2
 
     # Ctrl-C leaves in peace, SIGTERM ends the program
@@ -154,6 +164,36 @@ def test_mistakes_in_a_chat_take_a_line_each_and_it_goes_on(bases, chat, monkeyp
     signals = (15,)
     with pytest.raises(KeyboardInterrupt):
         chat(make_router, method="direct")
+
+
+def test_every_command_is_confirmed(bases, chat, tmp_path):
+    def make_router(**options):
+        return scripted(bases, lambda prompt, g: render_answer("t", "x"), **options)[1]
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    out, _ = chat(make_router, f":image {tmp_path}/a.png", ":image", ":base text", ":base",
+                  ":trace", ":trace", ":new")
+    assert [line.split(maxsplit=1) for line in out] == [
+        ["image", f"{tmp_path}/a.png"], ["image", "none"], ["base", "asks text only"],
+        ["base", "router again"], ["trace", "on"], ["trace", "off"],
+        ["new", "the question before is forgotten"]]
+
+
+def test_a_chat_greets_with_questions_that_work(tmp_path):
+    """The shipped model in a world of its own: whoever types what the greeting shows gets three
+    right answers. Its directory says of follow-ups nothing."""
+    made("lab.world", "--seed", 8, "--countries", 40, "--questions", 26, "--out", tmp_path / "w")
+    flags = ("infer.py", "--world", tmp_path / "w", "--chat")
+    first, *shown = made(*flags).stdout.split("\nEach line is a question of its own")[0].split("\n")
+    assert "tiny over text (160 passages), image (40 passages), table (120 passages)." in first
+    done = run(*flags, input="\n".join(line.strip() for line in shown))
+    questions = [line.strip() for line in shown if ":image" not in line]
+    golds = {}
+    for line in open(tmp_path / "w" / "questions.jsonl"):
+        row = json.loads(line)
+        golds.setdefault((row["question"], bool(row["image"])), row["answer"])
+    answers = re.findall(r"^  answer    (.*)$", done.stdout, re.MULTILINE)
+    pictures = [False, False, True]
+    assert [[a] for a in answers] == [golds[pair] for pair in zip(questions, pictures)]
 
 
 def test_a_chat_says_why_there_is_no_answer_and_quits(bases, chat):
@@ -172,7 +212,8 @@ def test_a_chat_through_a_pipe(noise_model, world, capsys, monkeypatch):
     lines = lines.encode("latin-1")                                 # one byte is no UTF-8
     done = run("infer.py", *flags, input=lines, text=False)
     out, err = done.stdout.decode().splitlines(), done.stderr.decode().splitlines()
-    assert done.returncode == 0 and [line[:8] for line in out[-2:]] == ["  answer"] * 2
+    assert done.returncode == 0 and out[0].startswith(f"{noise_model} over text (")
+    assert [line[:8] for line in out[-4:]] == ["  image ", "  answer", "  base  ", "  answer"]
     assert len(err) == 2 and ":oops" in err[0]
     # for programs: a result row a question, and nothing else
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))

@@ -11,6 +11,7 @@ import model
 from networks import CLOSE, PICTURES, assert_same_logits, our_logits
 from oracles import (LAYOUTS, deviation, hf_logits, make_config, make_model, rewrite,
                      save_checkpoint)
+from plumbing.weights import use_threads, write_weights
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +156,20 @@ def test_a_missing_shard_is_named(checkpoint, tmp_path):
     assert "model-00002-of-00004.safetensors" in refusal(path)
     (path / "model.safetensors.index.json").write_text("[]")
     assert "index" in refusal(path)
+
+
+# ------------------------------------------------------------------------------- files, threads
+
+def test_others_may_read_what_is_written(tmp_path):
+    write_weights({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("number, weights, used", [(0, 9, 1), (0, 11, None), (3, 9, 3), (3, 11, 3)])
+def test_a_small_model_picks_one_thread_by_itself(number, weights, used, monkeypatch):
+    """Of ten weights on a model is not small here; what a flag names holds for both."""
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr("plumbing.weights.SMALL", 10)
+    use_threads(number, torch.nn.Linear(weights, 1, bias=False))
+    assert chosen == ([used] if used else [])
