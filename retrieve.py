@@ -404,8 +404,8 @@ def world_bases(folder, names=BASES):
     for name in names:
         corpus = folder / f"{name}.jsonl"
         if not corpus.is_file():
-            raise ValueError(f"{corpus}: no such file: --world takes a folder that lab.world has "
-                             "written")
+            raise ValueError(f"{corpus}: no such file: a world has text.jsonl, image.jsonl, "
+                             "table.jsonl and questions.jsonl")
         bases[name] = load_or_build(folder / "kb" / name, corpus, WORLD_ENCODERS[name])
     return bases
 

@@ -36,7 +36,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import mean
@@ -67,13 +67,14 @@ class Scale:
     countries: int = 0              # of every world; 0: as lab.world has it
     sizes: tuple = (30, 300)        # annotated questions, beside all of them
     rounds: int = 5                 # of rejection sampling
-    sampled: int = 600              # questions of a round
+    sampled: int = 600              # questions of a round of a main run; of others in proportion
     deep: int = 8000                # questions of each depth to train on
     deep_steps: int = 2000          # updates of a training for depth
     deep_test: int = 260            # questions of each test of depth
     next: int = 200                 # questions of the next depth, and
     next_val: int = 56              # those that choose a checkpoint: 256 in all
     weaken: int = 300               # updates that make a start weaker or stronger
+    read: int = 3000                # updates that teach the weak start to read worlds with dials
     validations: int = 6            # of a training, of which the best chooses the checkpoint; of
                                     # the main part three times as many
     seeds: tuple = (0, 1, 2)
@@ -83,7 +84,7 @@ class Scale:
 
 QUICK = Scale(name="study-quick", steps=2, train=39, val=13, test=26, countries=40, sizes=(13, 26),
               rounds=1, sampled=39, deep=39, deep_steps=2, deep_test=20, next=20,
-              next_val=8, weaken=2,
+              next_val=8, weaken=2, read=2,
               validations=1, seeds=(0,), few=True,
               flags=("--prompts", 6, "--group", 2, "--open-questions", 12))
 
@@ -102,13 +103,13 @@ class Method:
 STEP, SFT, BARE, STATE = "Step-GRPO", "SFT", "SFT without thoughts", "credit by state"
 TRAJECTORY, REJECTION = "credit by trajectory", "rejection sampling"
 METHODS = {
-    STEP: Method("gold steps", "questions", "grpo", 3e-4, 55, ("--follow", "best")),
-    SFT: Method("gold steps and thoughts", "steps", "sft", 3e-4, 500),
-    BARE: Method("gold steps", "bare", "sft", 3e-4, 500),
+    STEP: Method("gold steps", "questions", "grpo", 3e-4, 45, ("--follow", "best")),
+    SFT: Method("gold steps and thoughts", "steps", "sft", 3e-4, 350),
+    BARE: Method("gold steps", "bare", "sft", 3e-4, 350),
     STATE: Method("final answers", "answers", "grpo", 3e-4, 28, ("--mode", "outcome")),
-    TRAJECTORY: Method("final answers", "answers", "grpo", 3e-4, 16,
+    TRAJECTORY: Method("final answers", "answers", "grpo", 3e-4, 17,
                        ("--mode", "outcome", "--credit", "trajectory")),
-    REJECTION: Method("final answers", "answers", "rejection", 3e-4, 400),
+    REJECTION: Method("final answers", "answers", "rejection", 3e-4, 290),
 }
 RATES = {name: (1.5e-4, 3e-4, 6e-4) for name in METHODS}    # tried in part "rates"
 CHOICE = 41                         # the seed of that part, whose worlds no other part uses
@@ -125,13 +126,18 @@ SETTINGS = {                        # options of all worlds of a setting
 }
 OF_TESTS = {"paraphrased": ("--wordings", "held")}          # in place of those
 DIALS = ("unanswerable", "moved", "guessable", "paraphrased")
+# The weak start has never read that the evidence does not say. For the dials it first learns that,
+# from as poor demonstrations, and not what to do about it.
+READS_DIALS = "reads dials"
+A_LITTLE = ("--unanswerable", 0.05, "--moved", 0.08, "--guessable", 0.15, "--wordings", "several")
+TO_READ = {"weak": 10, "copy": 4, "describe": 2, "compare": 2, "absent": 2, "verdict": 4}
 TESTS = (640001, 640002)            # seeds of test worlds, used for nothing else
 
 ABLATION = {                        # a method, and options beside its own
     "Step-GRPO, not balanced": (STEP, "--no-balance"),
     "Step-GRPO, later hops pay too": (STEP, "--no-ready"),
     "Step-GRPO without similarity": (STEP, "--similarity-weight", 0, "--route-weight", 1),
-    "Step-GRPO without route": (STEP, "--similarity-weight", 1, "--route-weight", 0),
+    "Step-GRPO, small differences count in full": (STEP, "--eps", 1e-6),
     "Step-GRPO, gold history (offline)": (STEP, "--mode", "offline"),
     "credit by state, balanced over gold routes": (STATE, "--balance"),
 }
@@ -197,8 +203,8 @@ def plan(scale):
     ask("main", "weak start", WARM)
     for dial in DIALS:
         for name in (SFT, STEP, STATE, REJECTION):
-            train("dials", name, setting=dial)
-        ask("dials", "weak start", WARM, setting=dial)
+            train("dials", name, setting=dial, start=READS_DIALS)
+        ask("dials", "weak start", READS_DIALS, setting=dial)
         for method in ("router", "static", "oracle"):
             ask("dials", method, TINY, setting=dial, flags=("--method", method))
     for tag in (*(f"-{n}" for n in scale.sizes), "", "-wrong"):
@@ -246,7 +252,9 @@ def world(scale, setting, split, seed):
 
 def worlds(scale):
     """All worlds of the study: {folder: options of lab.world}."""
-    folders = {}
+    practice = ("--practice", max(scale.train // 5, 1))
+    folders = {to_read(scale): ("--split", "train", "--seed", CHOICE, "--questions", scale.train,
+                                *A_LITTLE, *practice)}
     for job in plan(scale):
         if job.kind == "depth":
             folders |= deep_worlds(scale, *DEPTH[job.name])
@@ -264,6 +272,11 @@ def worlds(scale):
             folders[world(scale, job.setting, split, seed)] = (
                 "--split", split, "--seed", number, "--questions", questions[split], *options)
     return folders
+
+
+def to_read(scale):
+    """The folder of the world from which READS_DIALS is made."""
+    return f"data/{scale.name}/to-read"
 
 
 def deep_worlds(scale, options, mix):
@@ -395,7 +408,10 @@ def mark_of(job, scale):
     """A short mark of all that a job depends on, beside the code: with another plan, other worlds
     or other shipped weights it has another folder, other commands, and its row does not count."""
     of_worlds = (SETTINGS[job.setting], OF_TESTS.get(job.setting), TESTS, DEPTH.get(job.name))
-    parts = (job, scale, METHODS.get(job.method), of_worlds, FIRST_WORLD, *shipped())
+    method = METHODS.get(job.method)
+    if method and job.rate:                         # which is then not the method's
+        method = replace(method, rate=job.rate)
+    parts = (job, scale, method, of_worlds, FIRST_WORLD, *shipped())
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:6]
 
 
@@ -440,11 +456,13 @@ def rejection(job, method, scale, out, home):
     """In turns: sample trajectories, keep those whose final answer is right, train on all that were
     kept so far."""
     commands, kept, model = [], [], start_of(job.start, scale)
+    sampled = max(1, round(scale.sampled * job.minutes / scale.main))
     for i in range(scale.rounds):
         kept.append(f"{out}/round-{i}-steps.jsonl")
         commands.append(command(
             "infer.py", "--model", model, "--world", home,
-            "--eval", f"{home}/round{job.tag}-{i}.jsonl", "--threads", 1, "--temperature", 1,
+            "--eval", f"{home}/round{job.tag}-{i}.jsonl", "--limit", sampled,
+            "--threads", 1, "--temperature", 1,
             "--seed", job.seed, "--max-new-tokens", 64, "--out", f"{out}/round-{i}.jsonl",
             "--write-steps", kept[-1], "--keep", "correct"))
         words = training(job, method, scale, out / f"round-{i}", model, kept, scale.rounds)
@@ -538,18 +556,24 @@ def start_of(name, scale):
         return folder_of(three_hops(scale), scale) / "last"
     if name.startswith("weights/"):
         return name
-    mark = hashlib.sha256(repr((scale, RIGHT_STEPS, *shipped())).encode()).hexdigest()[:6]
-    return f"runs/{scale.name}/{name}-{mark}/last"
+    made_of = (scale, RIGHT_STEPS, A_LITTLE, TO_READ, *shipped())
+    mark = hashlib.sha256(repr(made_of).encode()).hexdigest()[:6]
+    return f"runs/{scale.name}/{name.replace(' ', '-')}-{mark}/last"
 
 
 def make_start(name, scale):
     """The command that makes a start, where it is not shipped."""
     if name == "three hops":
         return deeper(three_hops(scale), scale)
-    data = f"{world(scale, 'plain', 'train', CHOICE)}/{name}.jsonl"
-    return command("train.py", "sft", "--model", WARM, "--data", data, "--seed", 0, "--threads", 1,
-                   "--steps", scale.weaken, "--learning-rate", 3e-4, "--log-every", 100,
-                   "--save-every", scale.weaken, "--out", Path(start_of(name, scale)).parent)
+    files = [f"{world(scale, 'plain', 'train', CHOICE)}/{name}.jsonl"]
+    updates, rate = scale.weaken, 3e-4
+    if name == READS_DIALS:
+        files = [f"{to_read(scale)}/{task}.jsonl={weight}" for task, weight in TO_READ.items()]
+        updates, rate = scale.read, 5e-4
+    return command("train.py", "sft", "--model", WARM, "--data", *files, "--seed", 0,
+                   "--threads", 1, "--steps", updates, "--learning-rate", rate, "--decay", 0.7,
+                   "--log-every", 100, "--save-every", updates,
+                   "--out", Path(start_of(name, scale)).parent)
 
 
 # --------------------------------------------------------------------------------------- execution
