@@ -555,8 +555,8 @@ def parse_flags(words):
     parser.add_argument("words", nargs="*", help=SUPPRESS)
     args = parser.parse_args(words)
     if args.words:
-        raise ValueError(f"{args.words[0]!r} stands alone: a question goes behind --question, files "
-                         "of questions behind --eval")
+        raise ValueError(f"{args.words[0]!r} stands alone: a question goes behind --question, "
+                         "files of questions behind --eval")
     del args.words
     flags = from_flags(Flags, args)
     modes_of = {f.name: ANSWERING for f in fields(RouterOptions)}

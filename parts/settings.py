@@ -18,7 +18,7 @@ class TrainOptions(RunOptions):
                         "in any case", choices=("float32", "bfloat16"))
     checkpointing: bool = option(False, "compute activations again in the backward pass instead of "
                                  "keeping them")
-    threads: int = option(0, "CPU threads; 0: one for a small model, else as torch likes", most=1024)
+    threads: int = option(0, "CPU threads; 0: 1 for a small model, else as torch likes", most=1024)
     val_world: str = option("", "a world to validate on through the router, for the choice of the "
                             "best checkpoint; by default the embedded one")
     val: str = option("", "a file to validate on in its place: questions, asked through the router "

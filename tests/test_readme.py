@@ -51,7 +51,8 @@ STAND_INS = {
     "cuda": "cpu", "bfloat16": "float32",
     "photo.jpg": "{world}/flags/0.png", "…": "Which country has this flag?",
     "data/demo/kb": "{world}/kb", "data/demo": "{world}", "data/self.jsonl": "{out}/self.jsonl",
-    "data/credit": "{out}/credit", "data/mine": "{out}/mine", "data/deeper": "{out}/deeper", "data/deep": "{out}/deep",
+    "data/credit": "{out}/credit", "data/mine": "{out}/mine", "data/deeper": "{out}/deeper",
+    "data/deep": "{out}/deep",
     "data/world": "{out}/practice", "data/kb": "{out}/practice-kb",
     "runs/step-grpo": "{out}/run", "weights/mine": "{out}/weights",
     "results.jsonl": "{out}/results.jsonl", "report.html": "{out}/report.html",
@@ -372,7 +373,7 @@ def table_rows(text):
 
 
 def test_tables_show_the_stored_results():
-    """Every configuration in results/before/summary.json, in docs; the main ones in README as in docs."""
+    """Every configuration in results/before/summary.json, in docs; the main ones in README."""
     summary = json.loads((ROOT / "results" / "before" / "summary.json").read_text())
     in_docs = table_rows(RESULTS)
     for part in ("main", "collapse", "ablation", "cost"):
