@@ -26,6 +26,8 @@ Deviations from the paper and from the released code, with the reason
     * The parts of a reward are kept apart, so that a log shows which of them moves: a wrong base
       still earns its similarity, and guessing earns recall.
     * Similarities are rounded to six digits (see similarity_table).
+    * eps of Eq. 3 is what the caller gives: train.py takes 0.2 for step rewards (--eps), the
+      release 1e-6.
     * Credit by state is the step term of GiGPO (2505.10978) alone, without discount and without its
       trajectory term: one idea, and it is enough in the embedded world.
 """

@@ -635,7 +635,7 @@ def command(words):
 
     if mode == "chat":
         make_router = router_maker(flags, options, world, BASES)
-        hello = greeting(flags.model, make_router(methods[0]).bases, world)
+        hello = "" if flags.json else greeting(flags.model, make_router(methods[0]).bases, world)
         follow_ups = knows_follow_ups(flags.model)
         Chat(make_router, methods[0], flags.image, flags.json, hello, follow_ups).run()
         return
@@ -669,7 +669,7 @@ def router_maker(flags, options, world, needed):
     bases = load_bases(flags.kb) if flags.kb else world_bases(world, needed)
     check_model(flags.model)
     vlm = VLM.from_pretrained(flags.model, dtype=getattr(torch, flags.dtype), device=device)
-    use_threads(flags.threads, vlm.model)
+    use_threads(flags.threads, vlm)
     processor = Processor.from_pretrained(flags.model)
 
     def make_router(method):

@@ -549,14 +549,14 @@ def load_model(o):
     path, dtype = Path(o.model), getattr(torch, o.dtype)
     if not path.is_dir():
         raise ValueError(f"--model {path}: no such directory")
-    check_model(path)
+    check_model(path, weights=False)
     usable_device(o.device)
     random_weights = not any(path.glob("*.safetensors"))
     if random_weights:
         model = VLM.from_config(path, o.seed, dtype, o.device)
     else:
         model = VLM.from_pretrained(path, dtype, o.device)
-    use_threads(o.threads, model.model)
+    use_threads(o.threads, model)
     model.model.gradient_checkpointing = o.checkpointing
     return model, Processor.from_pretrained(path), random_weights
 

@@ -46,7 +46,7 @@ class GrpoOptions(TrainOptions):
     recipe: str = option(None, "released: train as the released code does (mode offline); docs/"
                          "recipe.md lists its settings", choices=("released",))
     out: str = option("runs/step-grpo", "folder of the run; an unfinished run there is continued")
-    steps: int = option(250, "number of updates; outcome: 150", least=1)
+    steps: int = option(250, "number of updates; outcome: 180", least=1)
     val_every: int = option(50, "updates between validations; 0: none")
     mode: str = option("online", "offline: step files with gold history; online: live "
                        "trajectories, a group a step, by gold hops; outcome: whole trajectories, "
@@ -94,8 +94,8 @@ class GrpoOptions(TrainOptions):
                               choices=("published", "recall", "f1", "exact"))
     price: float = option(0.0, "taken off the reward for each retrieval asked for")
     scale: bool = option(True, "divide advantages by the group's standard deviation")
-    eps: float = option(0.2, "added to that deviation: groups whose rewards differ by less teach "
-                        "less; outcome: by default 1e-6")
+    eps: float = option(0.2, "added to the deviation of a group's rewards (Eq. 3): groups that "
+                        "differ by less teach less; outcome: by default 1e-6", before=1e-6)
     clip: float = option(0.2, "the ratio is clipped below 1 - clip")
     clip_high: float = option(0.0, "the ratio is clipped above 1 + clip_high; 0: as --clip")
     kl_coef: float = option(0.0, "weight of the KL term; 0 computes no reference")

@@ -82,7 +82,7 @@ def print_plan(plan):
 # ----------------------------------------------------------------------------------------- a chat
 
 FOLLOW_UPS = "A line is a question, which sees the question and answer before it."
-ALONE = "Each line is a question of its own: this model was not trained on follow-ups."
+ALONE = "Each line is a question of its own (follow-ups: docs/commands.md)."
 COMMANDS = """\
   :image FILE   a picture for the questions that follow; :image alone takes it away
   :base NAME    ask text, image or table only; :base alone lets the model choose again
@@ -96,12 +96,15 @@ def greeting(model, bases, world):
     world's: one look-up, two, and two about a picture."""
     sizes = [f"{name} ({len(base):,} passages)" for name, base in bases.items()]
     lines = [f"{model} over {', '.join(sizes)}."]
-    rows = load_questions(world / "questions.jsonl", limit=100)[0] if world else []
+    rows, file = [], Path(world or "") / "questions.jsonl"
+    if world and file.is_file():
+        rows, _ = load_questions(file, limit=100)
     for picture, hops in ((False, 1), (False, 2), (True, 2)):
         for row in rows:
             if bool(row["image"]) == picture and len(row.get("hops") or ()) == hops:
-                shown = f":image {row['image']}\n  " if picture else ""
-                lines.append(f"  {shown}{row['question']}")
+                if picture:
+                    lines.append(f"  :image {printable(row['image'])}")
+                lines.append(f"  {printable(row['question'])}")
                 break
     return "\n".join(lines)
 
@@ -182,7 +185,7 @@ class Chat:
             done = "on" if self.trace else "off"
         elif name == "new":
             self.former = ()
-            done = "the question before is forgotten"
+            done = "the question before is forgotten" if self.follow_ups else "nothing to forget"
         elif name == "help":
             self.help()
         else:

@@ -109,7 +109,9 @@ def read_manifest(path):
     """The manifest of a base, if this program can read it and nobody changed it since."""
     file = Path(path) / "manifest.json"
     if not file.is_file():
-        there = "its bases lie in kb/" if (Path(path) / "kb").is_dir() else "make one with build"
+        there = "make one with retrieve.py build"
+        if (Path(path) / "kb").is_dir():
+            there = "its bases lie in kb/"
         raise ValueError(f"{path}: no knowledge base here (no manifest.json): {there}")
     manifest = read_json(file)
     if manifest.get("format") != FORMAT:

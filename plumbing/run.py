@@ -352,11 +352,11 @@ class Run:
 
     def check_same(self):
         """ValueError where the folder holds a run with other options. An option that is younger
-        than that run was at its default."""
+        than that run was at its default, or what its `before` says."""
         before = read_json(self.path / "options.json")
         for f in fields(self.o):
             value = as_json(getattr(self.o, f.name))
-            was = before.get(f.name, as_json(f.default))
+            was = before.get(f.name, as_json(f.metadata.get("before", f.default)))
             if f.name not in MAY_CHANGE and value != was:
                 raise ValueError(f"{self.path} holds a run with another {flag_of(f.name)} ({was}); "
                                  "name another --out, or remove it")

@@ -113,21 +113,23 @@ def use_threads(number, network):
         torch.set_num_threads(number or 1)
 
 
-def check_model(path):
+def check_model(path, weights=True):
     """ValueError for what is no model directory: it lacks more than one file, and all are named. Of
     a single one its reader speaks."""
     missing = [name for name in ("config.json", "tokenizer.json") if not Path(path, name).is_file()]
-    if not any(Path(path).glob("*.safetensors")):
+    if weights and not any(Path(path).glob("*.safetensors")):
         missing.append("model.safetensors")
-    if len(missing) > 1:
+    if len(missing) > 1 and Path(path).is_dir():
         raise ValueError(f"{path}: no model here: it lacks {', '.join(missing)}")
 
 
 def write_weights(tensors, path):
     """Writes {name: tensor} as one safetensors file, whole or not at all."""
     with replacing(path) as new:
-        save_file(tensors, new, metadata={"format": "pt"})
-        new.chmod(0o644)                                    # it is made for its owner alone
+        new.touch()
+        mode = new.stat().st_mode                           # as any file; save_file makes it for
+        save_file(tensors, new, metadata={"format": "pt"})  # its owner alone
+        new.chmod(mode)
 
 
 def write_shards(tensors, folder, shard_bytes):

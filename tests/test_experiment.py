@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from conftest import ROOT, made
 from lab import experiment, scores, tables
 from lab.experiment import Job, Scale
+from lab.world import PRACTICE_FILES
 from parts.questions import load_questions
 
 
@@ -71,6 +73,38 @@ def test_every_job_has_a_key_and_a_folder_of_its_own():
         trained = [job for job in jobs if job.part == part and job.kind == "train"]
         assert {job.seed for job in trained} == {0, 1, 2}
         assert len({job.minutes for job in trained}) == 1               # equal time
+
+
+def test_rejection_samples_in_proportion_to_its_time():
+    scale, asked = Scale(), {}
+    for job in experiment.plan(scale):
+        if job.method == experiment.REJECTION:
+            first = experiment.commands_of(job, scale)[0]
+            asked.setdefault(job.minutes, set()).add(first[first.index("--limit") + 1])
+    assert asked == {6.0: {"600"}, 3.0: {"300"}}
+
+
+def test_a_job_with_a_rate_of_its_own_does_not_depend_on_the_chosen_one(monkeypatch):
+    [job, other] = [Job("rates", experiment.SFT, 41, "train", experiment.SFT, 3.0, rate=rate)
+                    for rate in (1e-4, 0.0)]
+    before = [experiment.folder_of(one, Scale()) for one in (job, other)]
+    chosen = replace(experiment.METHODS[experiment.SFT], rate=7e-4)
+    monkeypatch.setitem(experiment.METHODS, experiment.SFT, chosen)
+    after = [experiment.folder_of(one, Scale()) for one in (job, other)]
+    assert after[0] == before[0] and after[1] != before[1]
+
+
+def test_what_a_start_is_made_of_is_written():
+    scale = Scale()
+    made_of = experiment.make_start(experiment.READS_DIALS, scale)
+    files = [word.split("=")[0] for word in made_of if ".jsonl=" in word]
+    assert len(files) == 6
+    for file in files:
+        folder, name = file.rsplit("/", 1)
+        assert "--practice" in experiment.worlds(scale)[folder]
+        assert name.removesuffix(".jsonl") in PRACTICE_FILES
+    model = made_of[made_of.index("--model") + 1]
+    assert model == experiment.WARM
 
 
 def split_of(folder):

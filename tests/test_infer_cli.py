@@ -357,7 +357,7 @@ def test_steps_of_the_command_line(noise_model, world, tmp_path, capsys, monkeyp
     (["--score", "{tmp}/bad.jsonl", "--write-steps", "{tmp}/s.jsonl"], "leave out --score"),
     (["--question", "Who?", "-k", "0"], "k is 0: give at least 1"),
     (["--question", "Who?", "--device", "warp"], "device 'warp' cannot be used here"),
-    (["--speed", "9"], "unrecognized arguments: --speed 9"),
+    (["--speed", "9"], "unrecognized arguments: --speed"),
 ])
 def test_mistakes_get_one_line_and_exit_code_2(noise_model, world, tmp_path, capsys, flags,
                                                message):

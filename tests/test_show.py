@@ -9,7 +9,7 @@ from PIL import Image
 
 from conftest import made, run
 from parts.evaluate import print_table
-from parts.show import ALONE, COMMANDS, FOLLOW_UPS, Chat, print_trace
+from parts.show import ALONE, COMMANDS, FOLLOW_UPS, Chat, greeting, knows_follow_ups, print_trace
 from parts.steps import final_problem, render_answer, render_route, route_problem
 from parts.trajectory import result_row
 from scripted import cli, scripted
@@ -151,7 +151,7 @@ def test_mistakes_in_a_chat_take_a_line_each_and_it_goes_on(bases, chat, monkeyp
     wanted = ["nowhere.png: no such picture", ":base moon", "knowledge base 'table'",
               ":sing: no such command"]
     assert len(err) == 4 and all(text in line for text, line in zip(wanted, err))
-    assert out[:2] == ["  answer    x", "Who?   [question, direct]"]
+    assert out[:3] == ["  answer    x", "  trace     on", "Who?   [question, direct]"]
     assert "  think     a thought" in out and out[-1] == COMMANDS.splitlines()[-1]
     assert sum(line == "  answer    x" for line in out) == 2
 
@@ -164,6 +164,23 @@ def test_mistakes_in_a_chat_take_a_line_each_and_it_goes_on(bases, chat, monkeyp
     signals = (15,)
     with pytest.raises(KeyboardInterrupt):
         chat(make_router, method="direct")
+
+
+def test_a_greeting_forges_no_line_and_needs_no_questions(tmp_path):
+    bases = {"text": "12", "table": "3"}                # whatever has a length
+    assert greeting("m", bases, None) == "m over text (2 passages), table (1 passages)."
+    assert greeting("m", bases, tmp_path) == greeting("m", bases, None)
+    hop = {"query": "q", "retriever": "text retriever", "answer": "a"}
+    row = {"question": "Who?\n> \x1b[2J", "answer": "a", "hops": [hop]}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(row))
+    assert greeting("m", bases, tmp_path).splitlines()[1:] == ["  Who? > \ufffd[2J"]
+
+
+def test_the_directory_says_whether_follow_ups_are_known(tmp_path):
+    for text, known in ((None, False), ("{}", False), ('{"follow_ups": true}', True)):
+        if text:
+            (tmp_path / "generation_config.json").write_text(text)
+        assert knows_follow_ups(tmp_path) == known
 
 
 def test_every_command_is_confirmed(bases, chat, tmp_path):

@@ -20,6 +20,7 @@ from parts.batches import make_batch, pack, route_tokens
 from parts.chat import Processor
 from parts.groups import Group
 from parts.modeldir import start_previous_token_head
+from parts.settings import complete
 from parts.stepfiles import read_steps, step_output
 from parts.steps import BASES, parse_step, render_route
 from parts.trajectory import Candidate, Step
@@ -346,6 +347,14 @@ def test_sampling_goes_on_until_enough_groups_are_mixed():
         assert counts == {"too_long": times, "retrievals": 3.0, "reward_s": times / 2}
     # (1 - 1/2) / (sqrt(1/2) + 1/2)
     assert groups[0].advantages.tolist() == pytest.approx([0.4142, -0.4142], abs=1e-4)
+
+
+@pytest.mark.parametrize("given, eps", [
+    ({}, 0.2), ({"mode": "outcome"}, 1e-6), ({"mode": "outcome", "eps": 0.3}, 0.3)])
+def test_small_differences_count_in_full_where_whole_answers_are_paid(given, eps):
+    flags = dict(given)
+    complete(flags)
+    assert train.GrpoOptions(**flags).eps == eps
 
 
 def test_outcome_mode_samples_until_enough_questions_are_mixed():

@@ -1,5 +1,6 @@
 """plumbing/weights.py, and the models that it reads and writes: every published layout, against
 transformers, and files that are broken."""
+import os
 import shutil
 
 import pytest
@@ -160,9 +161,12 @@ def test_a_missing_shard_is_named(checkpoint, tmp_path):
 
 # ------------------------------------------------------------------------------- files, threads
 
-def test_others_may_read_what_is_written(tmp_path):
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
+def test_weights_are_as_readable_as_any_file(tmp_path, umask, mode):
+    before = os.umask(umask)
     write_weights({"a": torch.ones(2)}, tmp_path / "model.safetensors")
-    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644
+    os.umask(before)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == mode
 
 
 @pytest.mark.parametrize("number, weights, used", [(0, 9, 1), (0, 11, None), (3, 9, 3), (3, 11, 3)])
